@@ -1,0 +1,81 @@
+"""The block-sparse linear layer in plain torch: definition, fallback and reference."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .pattern import Pattern
+
+ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
+GATHERED = 1 << 22  # inputs gathered at a time, to bound memory: 16 MB in fp32
+
+
+def to_dense(values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Tensor:
+    """values: (nnz, C, R) -> (out_features, in_features) = shape, zero where no block is kept"""
+    (block_rows, block_cols), (_, C, R) = pattern.grid, values.shape
+    blocks = values.new_zeros(block_rows, block_cols, C, R)
+    blocks[pattern.row_indices, pattern.col_indices] = values
+    return blocks.permute(0, 3, 1, 2).reshape(block_rows * R, block_cols * C)[
+        : shape[0], : shape[1]
+    ]
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    pattern: Pattern,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str = "none",
+) -> Tensor:
+    """activation(x @ weight.T + bias)
+
+    x: (batch, in_features); values: (nnz, C, R); bias: (out_features,) -> (batch, out_features)
+    """
+    longest = _longest(pattern.crow_indices)
+    if _gather_pays(longest, pattern.grid[1], values.shape[2]):
+        y = _gather_matmul(x, values, pattern.crow_indices, pattern.col_indices, longest)
+        y = y[:, :out_features] if bias is None else y[:, :out_features] + bias
+    else:
+        y = F.linear(x, to_dense(values, pattern, (out_features, x.shape[1])), bias)
+    return ACTIVATIONS[activation](y).contiguous()
+
+
+def linear_grad_input(grad: Tensor, values: Tensor, pattern: Pattern, in_features: int) -> Tensor:
+    """grad @ weight; grad: (batch, out_features) -> (batch, in_features)"""
+    longest = _longest(pattern.ccol_indices)
+    if _gather_pays(longest, pattern.grid[0], values.shape[1]):
+        by_column = values[pattern.t_slots].mT  # (nnz, R, C)
+        dx = _gather_matmul(grad, by_column, pattern.ccol_indices, pattern.t_row_indices, longest)
+        return dx[:, :in_features].contiguous()
+    return grad @ to_dense(values, pattern, (grad.shape[1], in_features))
+
+
+def _longest(compressed: Tensor) -> int:
+    return int(compressed.diff().amax()) if len(compressed) > 1 else 0
+
+
+def _gather_pays(longest: int, full: int, height: int) -> bool:
+    """Whether rows padded to the longest beat the dense weight: short enough, on tall blocks."""
+    return height >= 8 and 2 * longest <= full
+
+
+def _gather_matmul(x: Tensor, values: Tensor, crow: Tensor, col: Tensor, longest: int) -> Tensor:
+    """Every block row as one product: its inputs gathered, its blocks side by side.
+
+    x: (batch, in_features); values: (nnz, C, R) -> (batch, block_rows * R)
+    """
+    (_, C, R), rows, in_features = values.shape, len(crow) - 1, x.shape[1]
+    slots = crow[:-1, None] + torch.arange(longest, device=crow.device)  # (rows, longest)
+    kept = slots < crow[1:, None]
+    slots = torch.where(kept, slots, 0)
+    weight = torch.where(kept[..., None, None], values[slots], 0)  # (rows, longest, C, R)
+    weight = weight.reshape(rows, longest * C, R).mT  # (rows, R, longest * C)
+    inputs = col[slots][..., None] * C + torch.arange(C, device=col.device)
+    inputs = torch.where(kept[..., None], inputs, in_features).clamp(max=in_features).flatten()
+    xt = F.pad(x.t(), (0, 0, 0, 1))  # what is not kept reads the row of zeros at the end
+    chunks = [
+        (weight @ part[inputs].view(rows, longest * C, part.shape[1])).flatten(0, 1).t()
+        for part in xt.split(max(1, GATHERED // max(1, len(inputs))), dim=1)
+    ]
+    return torch.cat(chunks)

@@ -1,0 +1,11 @@
+"""Find lottery tickets, run them as block-sparse layers, measure whether they are faster."""
+
+from pathlib import Path
+
+_root = Path(__file__).parent.parent
+if (_root / "pyproject.toml").exists():  # a checkout: `sparse_lth.kernels` is its kernels/ folder
+    __path__.append(str(_root))
+
+from .layers import SparseLinear, sparsify_  # noqa: E402
+
+__all__ = ["SparseLinear", "sparsify_"]

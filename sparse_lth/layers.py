@@ -1,0 +1,209 @@
+"""SparseLinear, a linear layer that stores and computes only its kept blocks."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import bsr
+from .kernels import Pattern, linear
+from .kernels.linear_torch import ACTIVATIONS, to_dense
+
+DERIVED = Pattern._fields[2:]  # rebuilt from the indices, so never saved
+
+
+class SparseLinear(nn.Module):
+    """`nn.Linear` with a block-sparse weight: x (..., in_features) -> (..., out_features).
+
+    The constructor keeps `round(density * grid)` random blocks and initialises as `nn.Linear`
+    does with the inputs that an output has on average; `from_dense` converts a pruned layer.
+    Everything it holds is an ordinary tensor, so `state_dict`, `deepcopy`, `pickle`, optimizers,
+    `.to()` and `torch.compile` work as on any module. Loading a `state_dict` takes its blocks too.
+
+    values: Parameter (nnz_blocks, C, R); bias: Parameter (out_features,) or None
+    crow_indices: int32 (block_rows + 1,); col_indices: int32 (nnz_blocks,)
+    blocksize: (R, C) = outputs x inputs of one block; (1, 1) is unstructured
+    activation: "none", "relu" or "gelu", applied to the output in the same kernel
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        blocksize: tuple[int, int] = (16, 16),
+        density: float = 0.1,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if in_features < 1 or out_features < 1 or min(blocksize) < 1:
+            raise ValueError(
+                f"expected positive features and blocksize, "
+                f"got {in_features} -> {out_features} in blocks of {tuple(blocksize)}"
+            )
+        if not 0 <= density <= 1:
+            raise ValueError(f"expected a density from 0 to 1, got {density}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"expected activation in {list(ACTIVATIONS)}, got {activation!r}")
+        self.in_features, self.out_features = in_features, out_features
+        self.blocksize, self.activation = tuple(blocksize), activation
+        R, C = blocksize
+        rows, cols = bsr.grid_shape((out_features, in_features), blocksize)
+        kept = torch.randperm(rows * cols)[: round(density * rows * cols)].sort().values
+        self.values = nn.Parameter(torch.empty(len(kept), C, R, device=device, dtype=dtype))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        crow_indices = torch.searchsorted(kept, torch.arange(rows + 1) * cols)
+        self._set_indices(crow_indices.int(), (kept % cols).int())
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-1 / sqrt(average inputs of an output), zero in the padding."""
+        (nnz, C, _), (rows, _) = self.values.shape, self.pattern.grid
+        bound = max(1, nnz * C / rows) ** -0.5
+        nn.init.uniform_(self.values, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        with torch.no_grad():
+            self.values.mul_(self._inside())
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        mask: Tensor | None = None,
+        blocksize: tuple[int, int] = (16, 16),
+    ) -> "SparseLinear":
+        """The same function as `linear` under `mask`, exactly: keeps every block with a kept weight.
+
+        mask: (out_features, in_features), nonzero = kept. Without one, the layer's `weight_mask`
+        if `torch.nn.utils.prune` put one there, else where its weight is not zero.
+        """
+        weight = linear.weight.detach()
+        if mask is None:
+            mask = getattr(linear, "weight_mask", weight != 0)
+        if mask.shape != weight.shape:
+            raise ValueError(
+                f"expected a mask of shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
+            )
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        blocks = bsr.from_dense(weight, mask.to(weight.device), blocksize)
+        return cls.from_blocks(linear.in_features, linear.out_features, *blocks, bias)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        in_features: int,
+        out_features: int,
+        values: Tensor,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        bias: Tensor | None = None,
+        activation: str = "none",
+    ) -> "SparseLinear":
+        """A layer on these tensors, in the format of the class; ValueError if they do not fit."""
+        bsr.validate(values, crow_indices, col_indices, (out_features, in_features))
+        _, C, R = values.shape
+        layer = cls(in_features, out_features, bias is not None, (R, C), 0.0, activation, "meta")
+        layer.values = nn.Parameter(values)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias)
+        layer._set_indices(crow_indices, col_indices)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features), of the dtype of `values` or under autocast -> (..., out_features)"""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
+        values, bias = self.values, self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, values = x.to(dtype), values.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        flat = x.reshape(-1, self.in_features)
+        y = linear(flat, values, self.pattern, bias, self.out_features, self.activation)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern(*(self._buffers[name] for name in Pattern._fields))
+
+    @property
+    def density(self) -> float:
+        """Stored weights / all weights, the padding of a last block not counted."""
+        return int(self._inside().sum()) / (self.in_features * self.out_features)
+
+    def to_dense(self) -> nn.Linear:
+        """An `nn.Linear` with the same weight and bias; the activation is not part of it."""
+        shape = (self.out_features, self.in_features)
+        dense = nn.Linear(*shape[::-1], self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(to_dense(self.values.detach(), self.pattern, shape))
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone())
+        return dense
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, "
+        text += f"bias={self.bias is not None}, blocksize={self.blocksize}, "
+        text += f"density={self.density:.4f}"
+        return text if self.activation == "none" else f"{text}, activation={self.activation}"
+
+    def _inside(self) -> Tensor:
+        """(nnz, C, R) bool: True where a stored value is a weight, False where it is padding."""
+        (R, C), pattern = self.blocksize, self.pattern
+        rows = pattern.row_indices[:, None] * R + torch.arange(R, device=pattern.row_indices.device)
+        cols = pattern.col_indices[:, None] * C + torch.arange(C, device=pattern.col_indices.device)
+        return (cols < self.in_features)[:, :, None] & (rows < self.out_features)[:, None, :]
+
+    def _set_indices(self, crow_indices: Tensor, col_indices: Tensor) -> None:
+        """Takes valid indices and derives what the kernels need besides."""
+        _, block_cols = bsr.grid_shape((self.out_features, self.in_features), self.blocksize)
+        pattern = Pattern.from_indices(crow_indices, col_indices, block_cols)
+        for name, tensor in zip(Pattern._fields, pattern, strict=True):
+            tensor = tensor.to(self.values.device)
+            self.register_buffer(name, tensor, persistent=name not in DERIVED)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Takes the blocks of the `state_dict` as well as their values, once they are valid."""
+        names = ("values", "crow_indices", "col_indices")
+        found = [state_dict.get(prefix + name) for name in names]
+        if all(tensor is not None for tensor in found):
+            values, crow_indices, col_indices = found
+            bsr.validate(values, crow_indices, col_indices, (self.out_features, self.in_features))
+            if values.shape[:0:-1] != self.blocksize:
+                raise ValueError(
+                    f"expected blocks of {self.blocksize} in {prefix}values, "
+                    f"got {tuple(values.shape[:0:-1])}"
+                )
+            if values.shape != self.values.shape:
+                self.values = nn.Parameter(self.values.new_empty(values.shape))
+            self._set_indices(crow_indices.clone(), col_indices.clone())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def sparsify_(
+    model: nn.Module,
+    blocksize: tuple[int, int] = (16, 16),
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> nn.Module:
+    """Replaces, in place, every linear layer that has an empty block by a `SparseLinear`.
+
+    filter_fn(module, name) says which layers may be replaced, by default all; returns `model`,
+    or the new layer if `model` is itself a linear layer.
+    """
+    replaced = {}  # a layer that is shared stays shared
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) is not nn.Linear or (filter_fn and not filter_fn(module, name)):
+            continue
+        if module not in replaced:
+            sparse = SparseLinear.from_dense(module, blocksize=blocksize)
+            rows, cols = bsr.grid_shape(module.weight.shape, blocksize)
+            replaced[module] = sparse if len(sparse.values) < rows * cols else module
+        if name == "":
+            return replaced[module]
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replaced[module])
+    return model
