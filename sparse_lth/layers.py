@@ -51,12 +51,16 @@ class SparseLinear(nn.Module):
         self.blocksize, self.activation = tuple(blocksize), activation
         R, C = blocksize
         rows, cols = bsr.grid_shape((out_features, in_features), blocksize)
-        kept = torch.randperm(rows * cols)[: round(density * rows * cols)].sort().values
+        kept = (
+            torch.randperm(rows * cols, device="cpu")[: round(density * rows * cols)].sort().values
+        )
         self.values = nn.Parameter(torch.empty(len(kept), C, R, device=device, dtype=dtype))
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        crow_indices = torch.searchsorted(kept, torch.arange(rows + 1) * cols)
+        crow_indices = torch.searchsorted(
+            kept, torch.arange(0, rows * cols + 1, cols, device="cpu")
+        )
         self._set_indices(crow_indices.int(), (kept % cols).int())
         self.reset_parameters()
 
@@ -77,7 +81,7 @@ class SparseLinear(nn.Module):
         mask: Tensor | None = None,
         blocksize: tuple[int, int] = (16, 16),
     ) -> "SparseLinear":
-        """The same function as `linear` under `mask`, exactly: keeps every block with a kept weight.
+        """The same function as `linear` under `mask`: keeps every block that holds a kept weight.
 
         mask: (out_features, in_features), nonzero = kept. Without one, the layer's `weight_mask`
         if `torch.nn.utils.prune` put one there, else where its weight is not zero.
@@ -115,7 +119,7 @@ class SparseLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features), of the dtype of `values` or under autocast -> (..., out_features)"""
+        """x: (..., in_features), of the dtype of `values` unless under autocast -> (..., out)"""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
         values, bias = self.values, self.bias
