@@ -86,9 +86,12 @@ class SparseLinear(nn.Module):
         mask: (out_features, in_features), nonzero = kept. Without one, the layer's `weight_mask`
         if `torch.nn.utils.prune` put one there, else where its weight is not zero.
         """
-        weight = linear.weight.detach()
+        pruned = getattr(linear, "weight_mask", None)
+        # under prune, `linear.weight` is as old as the last forward pass
+        weight = linear.weight if pruned is None else linear.weight_orig * pruned
+        weight = weight.detach()
         if mask is None:
-            mask = getattr(linear, "weight_mask", weight != 0)
+            mask = weight != 0 if pruned is None else pruned
         if mask.shape != weight.shape:
             raise ValueError(
                 f"expected a mask of shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
@@ -204,7 +207,7 @@ def sparsify_(
             continue
         if module not in replaced:
             sparse = SparseLinear.from_dense(module, blocksize=blocksize)
-            rows, cols = bsr.grid_shape(module.weight.shape, blocksize)
+            rows, cols = sparse.pattern.grid
             replaced[module] = sparse if len(sparse.values) < rows * cols else module
         if name == "":
             return replaced[module]

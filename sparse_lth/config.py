@@ -1,0 +1,74 @@
+"""RunConfig: every setting of a run, once."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+
+from .masks import layer_densities
+from .models import MODELS, build
+
+SCOPES = ("layerwise", "global")
+DATASETS = ("auto", "mnist", "digits")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of one search; raises ValueError where one cannot be.
+
+    prune_pc is the fraction of weights pruned in total when all rounds are done; blocksize (R, C)
+    is outputs x inputs, (1, 1) being single weights; export_blocksize, when not None, asks for
+    the block-sparse model in blocks of that size.
+    """
+
+    model: str = "lenet-300-100"
+    dataset: str = "auto"
+    data_dir: str = "data"
+    lr: float = 1e-3
+    bs: int = 128
+    epochs: int = 8
+    prune_pc: float = 0.2
+    prune_rounds: int = 5
+    blocksize: tuple[int, int] = (1, 1)
+    scope: str = "layerwise"
+    export_blocksize: tuple[int, int] | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        self._expect("model", f"one of {', '.join(MODELS)}", self.model in MODELS)
+        self._expect("dataset", f"one of {', '.join(DATASETS)}", self.dataset in DATASETS)
+        self._expect("scope", f"one of {', '.join(SCOPES)}", self.scope in SCOPES)
+        self._expect("lr", "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
+        self._expect("bs", "at least 1", self.bs >= 1)
+        self._expect("epochs", "at least 1", self.epochs >= 1)
+        self._expect("prune_rounds", "at least 1", self.prune_rounds >= 1)
+        self._expect("prune_pc", "a fraction above 0 and below 1", 0 < self.prune_pc < 1)
+        self._expect("seed", "0 or more", 0 <= self.seed < 2**63)
+        for name in ("blocksize", "export_blocksize"):
+            if (blocksize := getattr(self, name)) is not None:
+                self._expect(name, "two sizes of at least 1", min(blocksize) >= 1)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: expected cpu or auto, since torch sees no GPU here, got cuda")
+        self.layer_densities(1)  # raises where a block does not fit
+
+    def _expect(self, name: str, expected: str, holds: bool) -> None:
+        if not holds:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+    def layer_densities(self, round: int) -> dict[str, float]:
+        """Density of each layer that is pruned, after `round` rounds (masks.layer_densities)."""
+        rate = 1 - (1 - self.prune_pc) ** (1 / self.prune_rounds)
+        return layer_densities(build(self.model), rate, round, self.blocksize, self.scope)
+
+    def search_settings(self) -> dict:
+        """What decides the ticket, as JSON holds it: everything but where the data lies."""
+        return {name: value for name, value in asdict(self).items() if name != "data_dir"}
+
+    @classmethod
+    def from_dict(cls, settings: dict) -> "RunConfig":
+        """The inverse of dataclasses.asdict, JSON's lists made tuples again."""
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        except TypeError as error:
+            raise ValueError(f"expected the settings of a run, got {settings}: {error}") from error

@@ -1,0 +1,57 @@
+"""Files that are either whole or absent, and tensors in them that need no pickle."""
+
+import json
+import os
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+
+def write(path: str | Path, content: bytes | str) -> None:
+    """Replaces the file in one step: a reader, or a crash, sees the old content or the new.
+
+    Raises OSError, and leaves the old content, when the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], about: dict) -> None:
+    """Safetensors of this kind ("ticket", ...), with `about` as JSON in its metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", f"sparse_lth.{kind}": json.dumps(about, sort_keys=True)}
+    write(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
+    """(tensors on the CPU, about); ValueError names a file that is not whole or of another kind."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})[f"sparse_lth.{kind}"])
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: expected a sparse_lth {kind}, got {error!r}") from error
+
+
+def split_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under `prefix.`, without it."""
+    start = f"{prefix}."
+    return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
+
+
+def add_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors, each name behind `prefix.`."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}

@@ -1,0 +1,175 @@
+"""Ticket, what a search found, and the block-sparse model made of it: save, load, convert."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from . import masks as masking
+from .config import RunConfig
+from .files import add_prefix, load_tensors, save_tensors, split_prefix
+from .layers import SparseLinear, sparsify_
+from .lottery import State, masked_model
+from .models import MODELS, build, weight_layers
+
+
+class TicketError(ValueError):
+    """A file does not hold what it should; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A winning ticket: masks with the rewind weights θ₀ they apply to, and what they trained to.
+
+    settings: the RunConfig of the search as a dict, without the place of the data
+    init, trained: float32 by parameter name; trained is exactly 0 where pruned
+    masks: bool by layer name, True = kept
+    rounds: a record for each round, 0 being dense: density, validation_accuracy, test_accuracy, ...
+    """
+
+    settings: dict
+    init: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    trained: dict[str, Tensor]
+    rounds: tuple[dict, ...]
+
+    @property
+    def model(self) -> str:
+        return self.settings["model"]
+
+    @property
+    def dataset(self) -> str:
+        return self.settings["dataset"]
+
+    @property
+    def seed(self) -> int:
+        return self.settings["seed"]
+
+    @property
+    def density(self) -> float:
+        return masking.density(self.masks)
+
+    @classmethod
+    def from_state(cls, config: RunConfig, state: State) -> "Ticket":
+        """The ticket of a round that is trained and tested."""
+        rounds = tuple(record for record in state.history if "test_accuracy" in record)
+        settings = config.search_settings()
+        return cls(settings, state.init, state.masks, state.weights, rounds)
+
+    def network(self, weights: str = "trained") -> nn.Module:
+        """The network under the masks of torch's prune; weights: "trained" or "init" (θ₀)."""
+        return masked_model(self.model, getattr(self, weights), self.masks)
+
+    def dense_network(self) -> nn.Module:
+        """The trained network in plain dense layers, its pruned weights zeros."""
+        return _make_permanent(self.network()).eval()
+
+    def sparse_network(self, blocksize: tuple[int, int]) -> nn.Module:
+        """The trained network with every linear layer that has an empty block made sparse."""
+        return _make_permanent(sparsify_(self.network(), blocksize)).eval()
+
+    def save(self, path: str | Path) -> None:
+        groups = {name: getattr(self, name) for name in ("init", "masks", "trained")}
+        tensors = {}
+        for name, group in groups.items():
+            tensors |= add_prefix(group, name)
+        save_tensors(path, "ticket", tensors, {"settings": self.settings, "rounds": self.rounds})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Ticket":
+        """Raises TicketError, naming what is wrong, unless the file holds a whole ticket."""
+        tensors, about = _load(path, "ticket", ("settings", "rounds"))
+        settings, rounds = about["settings"], about["rounds"]
+        model = _build(path, settings.get("model"))
+        init, masks, trained = (split_prefix(tensors, n) for n in ("init", "masks", "trained"))
+        parameters = dict(model.named_parameters())
+        weights = {name: layer.weight for name, layer in weight_layers(model).items()}
+        _expect_like(path, "init", init, parameters, torch.float32)
+        _expect_like(path, "trained", trained, parameters, torch.float32)
+        _expect_like(path, "masks", masks, weights, torch.bool)
+        for name, mask in masks.items():
+            if trained[f"{name}.weight"][~mask].any():
+                raise TicketError(f"{path}: expected trained.{name}.weight to be 0 where pruned")
+        if not rounds or any("test_accuracy" not in record for record in rounds):
+            raise TicketError(f"{path}: expected a test_accuracy for every round, got {rounds}")
+        return cls(settings, init, masks, trained, tuple(rounds))
+
+
+def save_sparse(path: str | Path, network: nn.Module, ticket: Ticket) -> None:
+    """Writes what `load_sparse` reads: the tensors of a `Ticket.sparse_network`, and its layers."""
+    layers = {
+        name: {"in_features": layer.in_features, "out_features": layer.out_features}
+        for name, layer in network.named_modules()
+        if isinstance(layer, SparseLinear)
+    }
+    about = {"model": ticket.model, "dataset": ticket.dataset, "layers": layers}
+    save_tensors(path, "model", network.state_dict(), about)
+
+
+def load_sparse(path: str | Path) -> nn.Module:
+    """The model of `--export-sparse`, ready to call: (batch, 1, 28, 28) images -> (batch, 10).
+
+    Images are normalised as `sparse_lth.data` does: (pixel / 255 - 0.1307) / 0.3081.
+    Raises TicketError, naming what is wrong, unless the file holds a whole model.
+    """
+    tensors, about = _load(path, "model", ("model", "layers"))
+    network = _build(path, about["model"])
+    for name, sizes in about["layers"].items():
+        if not isinstance(dict(network.named_modules()).get(name), nn.Linear):
+            raise TicketError(f"{path}: expected the name of a linear layer, got {name!r}")
+        part = split_prefix(tensors, name)
+        try:
+            layer = SparseLinear.from_blocks(**sizes, **part)
+        except (TypeError, ValueError) as error:
+            raise TicketError(f"{path}: {name}: {error}") from error
+        setattr(network, name, layer)
+    _expect_like(path, "", tensors, network.state_dict())
+    network.load_state_dict(tensors, assign=True)
+    return network.eval()
+
+
+def _make_permanent(network: nn.Module) -> nn.Module:
+    """Takes torch's prune out of the network and leaves its zeros in the weights."""
+    for layer in weight_layers(network).values():
+        if prune.is_pruned(layer):
+            prune.remove(layer, "weight")
+    return network
+
+
+def _load(path: str | Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
+    try:
+        tensors, about = load_tensors(path, kind)
+    except (OSError, ValueError) as error:
+        raise TicketError(str(error)) from error
+    for key in keys:
+        if key not in about:
+            raise TicketError(f"{path}: expected {key!r} in the metadata, got {sorted(about)}")
+    return tensors, about
+
+
+def _build(path: str | Path, name: str) -> nn.Module:
+    if name not in MODELS:
+        raise TicketError(f"{path}: expected a model of {', '.join(MODELS)}, got {name!r}")
+    return build(name)
+
+
+def _expect_like(
+    path: str | Path,
+    group: str,
+    tensors: dict[str, Tensor],
+    like: dict[str, Tensor],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """The same names and shapes, this dtype, and finite numbers."""
+    if tensors.keys() != like.keys():
+        raise TicketError(f"{path}: expected {group} tensors {sorted(like)}, got {sorted(tensors)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != like[name].shape or tensor.dtype != (dtype or tensor.dtype):
+            raise TicketError(
+                f"{path}: expected {group} {name} of shape {tuple(like[name].shape)}"
+                f"{f' and {dtype}' if dtype else ''}, got {tuple(tensor.shape)}, {tensor.dtype}"
+            )
+        if not tensor.isfinite().all():
+            raise TicketError(f"{path}: expected finite numbers in {group} {name}")
