@@ -165,15 +165,17 @@ class SparseLinear(nn.Module):
         cols = pattern.col_indices[:, None] * C + torch.arange(C, device=pattern.col_indices.device)
         return (cols < self.in_features)[:, :, None] & (rows < self.out_features)[:, None, :]
 
-    def _set_indices(self, crow_indices: Tensor, col_indices: Tensor) -> None:
+    def _set_indices(
+        self, crow_indices: Tensor, col_indices: Tensor, device: torch.device | None = None
+    ) -> None:
         """Takes valid indices and derives what the kernels need besides."""
         _, block_cols = bsr.grid_shape((self.out_features, self.in_features), self.blocksize)
         pattern = Pattern.from_indices(crow_indices, col_indices, block_cols)
         for name, tensor in zip(Pattern._fields, pattern, strict=True):
-            tensor = tensor.to(self.values.device)
+            tensor = tensor.to(device or self.values.device)
             self.register_buffer(name, tensor, persistent=name not in DERIVED)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """Takes the blocks of the `state_dict` as well as their values, once they are valid."""
         names = ("values", "crow_indices", "col_indices")
         found = [state_dict.get(prefix + name) for name in names]
@@ -187,8 +189,10 @@ class SparseLinear(nn.Module):
                 )
             if values.shape != self.values.shape:
                 self.values = nn.Parameter(self.values.new_empty(values.shape))
-            self._set_indices(crow_indices.clone(), col_indices.clone())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            device = values.device if assign else self.values.device
+            self._set_indices(crow_indices.clone(), col_indices.clone(), device)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def sparsify_(
