@@ -17,6 +17,7 @@ from sparse_lth.files import write
 from sparse_lth.lottery import State, search
 from sparse_lth.measure import compare
 from sparse_lth.models import MODELS
+from sparse_lth.progress import describe as describe_epoch
 from sparse_lth.progress import watch, write_metrics
 from sparse_lth.report import print_tables, write_page
 from sparse_lth.ticket import Ticket, TicketError, save_sparse
@@ -59,6 +60,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
     write(run_dir / "config.json", json.dumps(asdict(config), indent=1))
     saved = run_dir / "state.safetensors"
     start = State.load(saved) if saved.exists() else State.start(config)
+    if start.history:
+        console.print(f"going on after {describe_epoch(start.history[-1])}", highlight=False)
     state = watch(search(config, data, start), config, start, run_dir, console)
 
     ticket = Ticket.from_state(config, state)

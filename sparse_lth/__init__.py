@@ -7,5 +7,14 @@ if (_root / "pyproject.toml").exists():  # a checkout: `sparse_lth.kernels` is i
     __path__.append(str(_root))
 
 from .layers import SparseLinear, sparsify_  # noqa: E402
+from .masks import block_l1_unstructured  # noqa: E402
+from .ticket import Ticket, TicketError, load_sparse  # noqa: E402
 
-__all__ = ["SparseLinear", "sparsify_"]
+__all__ = [
+    "SparseLinear",
+    "Ticket",
+    "TicketError",
+    "block_l1_unstructured",
+    "load_sparse",
+    "sparsify_",
+]

@@ -12,7 +12,7 @@ from torch import Tensor
 def write(path: str | Path, content: bytes | str) -> None:
     """Replaces the file in one step: a reader, or a crash, sees the old content or the new.
 
-    Raises OSError, and leaves the old content, when the disk is full.
+    Raises OSError naming the file, and leaves the old content, when the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
@@ -22,15 +22,16 @@ def write(path: str | Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], about: dict) -> None:
     """Safetensors of this kind ("ticket", ...), with `about` as JSON in its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", f"sparse_lth.{kind}": json.dumps(about, sort_keys=True)}
+    metadata = {f"sparse_lth.{kind}": json.dumps(about)}  # one key: safetensors does not keep order
     write(path, safetensors.torch.save(tensors, metadata))
 
 

@@ -113,6 +113,8 @@ class SparseLinear(nn.Module):
     ) -> "SparseLinear":
         """A layer on these tensors, in the format of the class; ValueError if they do not fit."""
         bsr.validate(values, crow_indices, col_indices, (out_features, in_features))
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(f"expected a bias of shape ({out_features},), got {tuple(bias.shape)}")
         _, C, R = values.shape
         layer = cls(in_features, out_features, bias is not None, (R, C), 0.0, activation, "meta")
         layer.values = nn.Parameter(values)

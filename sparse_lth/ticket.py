@@ -99,11 +99,7 @@ class Ticket:
 
 def save_sparse(path: str | Path, network: nn.Module, ticket: Ticket) -> None:
     """Writes what `load_sparse` reads: the tensors of a `Ticket.sparse_network`, and its layers."""
-    layers = {
-        name: {"in_features": layer.in_features, "out_features": layer.out_features}
-        for name, layer in network.named_modules()
-        if isinstance(layer, SparseLinear)
-    }
+    layers = [name for name, m in network.named_modules() if isinstance(m, SparseLinear)]
     about = {"model": ticket.model, "dataset": ticket.dataset, "layers": layers}
     save_tensors(path, "model", network.state_dict(), about)
 
@@ -116,16 +112,17 @@ def load_sparse(path: str | Path) -> nn.Module:
     """
     tensors, about = _load(path, "model", ("model", "layers"))
     network = _build(path, about["model"])
-    for name, sizes in about["layers"].items():
-        if not isinstance(dict(network.named_modules()).get(name), nn.Linear):
+    for name in about["layers"]:
+        dense = dict(network.named_modules()).get(name)
+        if not isinstance(dense, nn.Linear):
             raise TicketError(f"{path}: expected the name of a linear layer, got {name!r}")
         part = split_prefix(tensors, name)
         try:
-            layer = SparseLinear.from_blocks(**sizes, **part)
+            layer = SparseLinear.from_blocks(dense.in_features, dense.out_features, **part)
         except (TypeError, ValueError) as error:
             raise TicketError(f"{path}: {name}: {error}") from error
         setattr(network, name, layer)
-    _expect_like(path, "", tensors, network.state_dict())
+    _expect_like(path, "model", tensors, network.state_dict())
     network.load_state_dict(tensors, assign=True)
     return network.eval()
 

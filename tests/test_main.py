@@ -1,0 +1,168 @@
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+from sparse_lth import Ticket, load_sparse
+
+ROOT = Path(main.__file__).parent
+QUICK = ["--dataset", "digits", "--epochs", "1", "--prune_rounds", "1"]
+
+
+def _run(*flags):
+    return main.main([str(flag) for flag in flags])
+
+
+def test_the_whole_path(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert _run(*QUICK, "--export-sparse", "--out-dir", run_dir) == 0
+    out = capsys.readouterr().out
+    assert "pruning 90%" in out.splitlines()[0]
+    assert "--export-sparse" in out.splitlines()[0]
+    ticket = Ticket.load(run_dir / "ticket.safetensors")
+    assert ticket.settings["blocksize"] == [16, 16]
+    assert ticket.density == pytest.approx(0.1, abs=0.005)
+    assert load_sparse(run_dir / "sparse_model.safetensors")
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [r.get("test_accuracy") for r in records[:2]] == [
+        r["test_accuracy"] for r in ticket.rounds
+    ]
+    assert next(row["measure"] for row in records[2]["rows"]) == "test accuracy"
+    assert {"config.json", "report.html", "tensorboard"} <= {p.name for p in run_dir.iterdir()}
+
+
+def test_without_export_the_original_defaults_hold(tmp_path, capsys):
+    assert _run(*QUICK, "--out_dir", tmp_path) == 0
+    assert "pruning 20%" in capsys.readouterr().out
+    settings = Ticket.load(tmp_path / "ticket.safetensors").settings
+    assert settings["blocksize"] == [1, 1]
+    assert not (tmp_path / "sparse_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prune_pc", "1.5"], "prune_pc: expected a fraction above 0 and below 1, got 1.5"),
+        (["--prune_rounds", "0"], "prune_rounds: expected at least 1, got 0"),
+        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (["--bs", "-1"], "bs: expected at least 1, got -1"),
+        (["--lr", "nan"], "lr: expected a finite number above 0, got nan"),
+        (["--seed", "-1"], "seed: expected 0 or more, got -1"),
+        (["--blocksize", "512x512"], "fit fc1, got (512, 512)"),
+        (["--blocksize", "0x4"], "blocksize: expected two sizes of at least 1, got (0, 4)"),
+        (["--blocksize", "16"], "expected RxC, as in 16x16, got 16"),
+        (["--export-sparse", "0x1"], "export_blocksize: expected two sizes"),
+        (["--prune_percent", "1"], "unrecognized arguments: --prune_percent"),
+        (["--dataset", "cifar"], "invalid choice: 'cifar'"),
+        (["--resume", "/nowhere"], "--resume: expected the folder of a run, got /nowhere"),
+    ],
+)
+def test_wrong_flags_get_one_message_and_status_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        _run(*flags)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        _run("--device", "cuda")
+    assert "device: expected cpu or auto, since torch sees no GPU" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path, capsys):
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(SystemExit):
+        _run(*QUICK, "--out_dir", tmp_path)
+    assert f"to go on with the run in it: --resume {tmp_path}" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+def test_resume_takes_its_settings_from_the_run(tmp_path, capsys):
+    assert _run(*QUICK, "--out_dir", tmp_path) == 0
+    before = (tmp_path / "ticket.safetensors").read_bytes()
+    assert _run("--resume", tmp_path, *QUICK, "--dataset", "auto") == 0
+    assert (tmp_path / "ticket.safetensors").read_bytes() == before
+    with pytest.raises(SystemExit):
+        _run("--resume", tmp_path, "--lr", "1")
+    assert "--lr: expected 0.001, as the run to resume has it, got 1.0" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_nothing_saved(tmp_path, capsys, monkeypatch):
+    calls = 0
+
+    def full(fd):
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # config, then state and metrics of two epochs, then a state
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    flags = ["--dataset", "digits", "--epochs", "3", "--prune_rounds", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        assert _run(*flags, "--out_dir", tmp_path / "a") == 1
+    error = capsys.readouterr().err
+    assert "cannot write: No space left on device" in error
+    assert "state.safetensors" in error
+    assert f"--resume {tmp_path / 'a'}" in error
+    assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert not list((tmp_path / "a").glob(".*"))
+    assert _run("--resume", tmp_path / "a") == 0
+    assert _run(*flags, "--out_dir", tmp_path / "b") == 0
+    _assert_same_ticket(tmp_path / "a", tmp_path / "b")
+
+
+def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("main.watch", interrupt)
+    assert _run(*QUICK, "--out_dir", tmp_path / "run") == 130
+    error = capsys.readouterr().err
+    assert error.splitlines() == [
+        "error: interrupted",
+        f"to go on: python main.py --resume {tmp_path / 'run'}",
+    ]
+
+
+def test_a_loss_that_is_not_finite(tmp_path, capsys):
+    assert _run(*QUICK, "--lr", "1e30", "--out_dir", tmp_path / "run") == 1
+    assert "expected a finite training loss, got nan: try a lower --lr" in capsys.readouterr().err
+
+
+def _assert_same_ticket(a, b):
+    assert (a / "ticket.safetensors").read_bytes() == (b / "ticket.safetensors").read_bytes()
+    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+
+
+def test_a_search_killed_at_random_moments_ends_with_the_same_ticket(tmp_path):
+    flags = ["--dataset", "digits", "--epochs", "20", "--prune_rounds", "3", "--prune_pc", "0.8"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert _run(*flags, "--out_dir", whole) == 0
+
+    chance = random.Random()
+    for kill in range(4):
+        start = ["--resume", killed] if (killed / "config.json").exists() else flags
+        start = start if start[0] == "--resume" else [*flags, "--out_dir", killed]
+        command = [sys.executable, "-u", "main.py", *map(str, start)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            if kill < 3:
+                for _ in range(chance.randint(1, 25)):  # lines, of which most are epochs
+                    process.stdout.readline()
+                process.send_signal(signal.SIGKILL)
+            else:
+                process.stdout.read()
+        assert process.returncode == (-signal.SIGKILL if kill < 3 else 0)
+        if not (killed / "config.json").exists():
+            assert not killed.exists() or not any(killed.iterdir())
+    _assert_same_ticket(killed, whole)

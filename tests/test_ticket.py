@@ -1,0 +1,153 @@
+import dataclasses
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from sparse_lth import SparseLinear, Ticket, TicketError, load_sparse
+from sparse_lth.config import RunConfig
+from sparse_lth.files import load_tensors, save_tensors
+from sparse_lth.lottery import search
+from sparse_lth.models import weight_layers
+from sparse_lth.ticket import save_sparse
+
+
+def _ticket(data, **settings):
+    settings = {"epochs": 1, "prune_pc": 0.9, "prune_rounds": 1, "dataset": "digits"} | settings
+    config = RunConfig(**settings)
+    *_, state = search(config, data)
+    return Ticket.from_state(config, state)
+
+
+@pytest.fixture(scope="module")
+def ticket(tiny):
+    return _ticket(tiny, blocksize=(16, 16))
+
+
+def test_a_ticket_comes_back_as_it_was(ticket, tmp_path):
+    ticket.save(tmp_path / "t")
+    loaded = Ticket.load(tmp_path / "t")
+    assert (loaded.model, loaded.dataset, loaded.seed) == ("lenet-300-100", "digits", 0)
+    assert loaded.rounds == ticket.rounds
+    assert len(loaded.rounds) == 2
+    assert loaded.density == ticket.density
+    assert json.dumps(loaded.settings) == json.dumps(ticket.settings)
+    for group in ("init", "masks", "trained"):
+        a, b = getattr(ticket, group), getattr(loaded, group)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_networks_of_a_ticket(ticket):
+    start = ticket.network("init")
+    for name, layer in weight_layers(start).items():
+        assert torch.equal(layer.weight, ticket.init[f"{name}.weight"] * ticket.masks[name])
+    dense = ticket.dense_network()
+    assert all(torch.equal(p, ticket.trained[name]) for name, p in dense.named_parameters())
+
+
+@pytest.mark.parametrize("model", ["lenet-300-100", "lenet-5"])
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 4)])
+@pytest.mark.parametrize("export", [(1, 1), (16, 4), (16, 16)])
+def test_export_is_exact_and_loads_to_the_same_bits(tiny, tmp_path, model, blocksize, export):
+    ticket = _ticket(tiny, model=model, blocksize=blocksize)
+    sparse, dense = ticket.sparse_network(export), ticket.dense_network()
+    for name, layer in weight_layers(dense).items():
+        converted = sparse.get_submodule(name)
+        if isinstance(converted, SparseLinear):
+            assert torch.equal(converted.to_dense().weight, layer.weight)
+            kept = ticket.masks[name].float().mean()
+            assert converted.density >= kept - 1e-6
+            if export == blocksize:
+                assert converted.density == pytest.approx(float(kept))
+        else:
+            assert torch.equal(converted.weight, layer.weight)
+    save_sparse(tmp_path / "m", sparse, ticket)
+    loaded, images = load_sparse(tmp_path / "m"), tiny.test.images
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), sparse(images))
+        torch.testing.assert_close(loaded(images), dense(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_loaded_model_trains_on(ticket, tmp_path, tiny):
+    save_sparse(tmp_path / "m", ticket.sparse_network((16, 16)), ticket)
+    model = load_sparse(tmp_path / "m").train()
+    nn.functional.cross_entropy(model(tiny.train.images), tiny.train.labels).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def _tampered(path, kind, change):
+    tensors, about = load_tensors(path, kind)
+    change(tensors, about)
+    save_tensors(path, kind, tensors, about)
+
+
+TICKET_CHANGES = {
+    "expected 'rounds' in the metadata": lambda t, a: a.pop("rounds"),
+    "expected a model of lenet-300-100, lenet-5, got 'vgg'": lambda t, a: a["settings"].update(
+        model="vgg"
+    ),
+    "expected a test_accuracy for every round": lambda t, a: a["rounds"][0].pop("test_accuracy"),
+    "expected masks tensors": lambda t, a: t.pop("masks.fc1"),
+    "expected masks fc2 of shape": lambda t, a: t.update({"masks.fc2": t["masks.fc2"].T.clone()}),
+    r"and torch\.bool, got .* torch\.float32": lambda t, a: t.update(
+        {"masks.fc2": t["masks.fc2"].float()}
+    ),
+    "to be 0 where pruned": lambda t, a: t["trained.fc1.weight"].fill_(1),
+    r"finite numbers in init fc1\.bias": lambda t, a: t["init.fc1.bias"].fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("message", TICKET_CHANGES)
+def test_a_wrong_ticket_is_refused_by_name(ticket, tmp_path, message):
+    ticket.save(tmp_path / "t")
+    _tampered(tmp_path / "t", "ticket", TICKET_CHANGES[message])
+    with pytest.raises(TicketError, match=message):
+        Ticket.load(tmp_path / "t")
+
+
+MODEL_CHANGES = {
+    "expected 'layers' in the metadata": lambda t, a: a.pop("layers"),
+    "name of a linear layer, got 'fc9'": lambda t, a: a["layers"].append("fc9"),
+    "fc1: .*col_indices": lambda t, a: t["fc1.col_indices"].fill_(10**6),
+    "fc1: .*crow_indices": lambda t, a: t.pop("fc1.crow_indices"),
+    "fc1: .*bias of shape": lambda t, a: t.update({"fc1.bias": torch.zeros(7)}),
+    "fc2: .*crow_indices for 7 block rows": lambda t, a: t.update(
+        {"fc2.crow_indices": t["fc1.crow_indices"].clone()}
+    ),
+    "expected .*tensors": lambda t, a: t.update(extra=torch.zeros(1)),
+    r"expected model fc3\.weight of shape": lambda t, a: t.update({"fc3.weight": torch.zeros(1)}),
+    r"finite numbers in model fc1\.values": lambda t, a: t["fc1.values"].fill_(float("inf")),
+}
+
+
+@pytest.mark.parametrize("message", MODEL_CHANGES)
+def test_a_wrong_model_is_refused_by_name(ticket, tmp_path, message):
+    save_sparse(tmp_path / "m", ticket.sparse_network((16, 16)), ticket)
+    _tampered(tmp_path / "m", "model", MODEL_CHANGES[message])
+    with pytest.raises(TicketError, match=message):
+        load_sparse(tmp_path / "m")
+
+
+@pytest.mark.parametrize("load", [Ticket.load, load_sparse])
+def test_what_is_no_such_file_is_refused(ticket, tmp_path, load):
+    with pytest.raises(TicketError, match="absent"):
+        load(tmp_path / "absent")
+    ticket.save(tmp_path / "cut")
+    content = (tmp_path / "cut").read_bytes()
+    (tmp_path / "cut").write_bytes(content[: len(content) // 2])
+    with pytest.raises(TicketError, match="cut: expected a sparse_lth"):
+        load(tmp_path / "cut")
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(TicketError, match="other: expected a sparse_lth"):
+        load(tmp_path / "other")
+    (tmp_path / "text").write_text("not at all")
+    with pytest.raises(TicketError, match="text: expected a sparse_lth"):
+        load(tmp_path / "text")
+
+
+def test_a_ticket_does_not_say_where_its_data_lay(ticket):
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    assert fields - ticket.settings.keys() == {"data_dir"}
