@@ -7,7 +7,7 @@ from torch import Tensor
 from .pattern import Pattern
 
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
-GATHERED = 1 << 22  # inputs gathered at a time, to bound memory: 16 MB in fp32
+GATHERED = 1 << 20  # inputs gathered at a time, to bound memory: 4 MB in fp32
 
 
 def to_dense(values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Tensor:
