@@ -92,7 +92,10 @@ def _from_table(case: Case, device: Device, activation: str) -> Tile:
 
 
 def fit(tile: Tile, case: Case, device: Device) -> Tile:
-    """`tile` no wider than the block, with as many stages as the shared memory holds."""
+    """`tile` no wider than the block, with as many stages as the shared memory holds.
+
+    On a narrow block 8 warps would leave a thread less than 16 bytes of weights to load.
+    """
     block_n = min(tile.block_n, max(16, 1 << (case.height - 1).bit_length()))
     if case.op == "sddmm":
         loaded = tile.block_m * (tile.block_k + block_n)
@@ -100,7 +103,8 @@ def fit(tile: Tile, case: Case, device: Device) -> Tile:
         loaded = tile.block_k * (tile.block_m + block_n)
     size = 4 if case.dtype == "float32" else 2
     stages = max(1, min(tile.stages, device.shared_memory // (loaded * size)))
-    return tile._replace(block_n=block_n, stages=stages)
+    warps = tile.warps if block_n > 32 else min(4, tile.warps)
+    return tile._replace(block_n=block_n, warps=warps, stages=stages)
 
 
 def dense_pays(case: Case) -> bool:
