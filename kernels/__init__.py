@@ -4,7 +4,10 @@
 and runs anywhere; the others do the same faster where they can.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,37 @@ from . import linear_torch, sddmm_torch
 from .pattern import Pattern
 
 __all__ = ["Pattern", "linear"]
+
+
+class Backend(NamedTuple):
+    """One implementation of each operation, with the signatures of `linear_torch.py`."""
+
+    name: str
+    linear: Callable[..., Tensor]
+    linear_grad_input: Callable[..., Tensor]
+    sddmm: Callable[..., Tensor]
+
+
+TORCH = Backend("torch", linear_torch.linear, linear_torch.linear_grad_input, sddmm_torch.sddmm)
+
+
+def backend(x: Tensor) -> Backend:
+    """What runs an operation on `x` and tensors of its device and dtype."""
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        return _triton(x.device) or TORCH
+    return TORCH
+
+
+@functools.cache
+def _triton(device: torch.device) -> Backend | None:
+    """Imported at the first call on a GPU; None where triton is missing or the GPU is too old."""
+    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    from . import linear_triton, sddmm_triton
+
+    return Backend(
+        "triton", linear_triton.linear, linear_triton.linear_grad_input, sddmm_triton.sddmm
+    )
 
 
 def linear(
@@ -43,19 +77,19 @@ def _linear(
     out_features: int,
     activation: str,
 ) -> Tensor:
-    return linear_torch.linear(x, values, Pattern(*pattern), bias, out_features, activation)
+    return backend(x).linear(x, values, Pattern(*pattern), bias, out_features, activation)
 
 
 @torch.library.custom_op("sparse_lth::linear_grad_input", mutates_args=())
 def _linear_grad_input(
     grad: Tensor, values: Tensor, pattern: Sequence[Tensor], in_features: int
 ) -> Tensor:
-    return linear_torch.linear_grad_input(grad, values, Pattern(*pattern), in_features)
+    return backend(grad).linear_grad_input(grad, values, Pattern(*pattern), in_features)
 
 
 @torch.library.custom_op("sparse_lth::sddmm", mutates_args=())
 def _sddmm(grad: Tensor, x: Tensor, pattern: Sequence[Tensor], C: int, R: int) -> Tensor:
-    return sddmm_torch.sddmm(grad, x, Pattern(*pattern), (C, R))
+    return backend(x).sddmm(grad, x, Pattern(*pattern), (C, R))
 
 
 @_linear.register_fake
