@@ -4,16 +4,71 @@
 and runs anywhere; the others do the same faster where they can.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import linear_torch, sddmm_torch
+from . import linear_native, linear_torch, sddmm_native, sddmm_torch
+from .linear_native import Chain, ChainLayer
 from .pattern import Pattern
 
-__all__ = ["Pattern", "linear"]
+__all__ = ["Chain", "ChainLayer", "Pattern", "backends", "linear", "use_backend"]
+
+
+class Backend(NamedTuple):
+    linear: Callable[..., Tensor]
+    linear_grad_input: Callable[..., Tensor]
+    sddmm: Callable[..., Tensor]
+
+
+BACKENDS = {
+    "native": Backend(linear_native.linear, linear_native.linear_grad_input, sddmm_native.sddmm),
+    "torch": Backend(linear_torch.linear, linear_torch.linear_grad_input, sddmm_torch.sddmm),
+}
+_forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)
+
+
+def _backend(x: Tensor) -> Backend:
+    """The fastest backend for tensors of the device and dtype of x."""
+    name = _forced.get()
+    if name is None:
+        native = x.is_cpu and x.dtype == torch.float32 and linear_native.WHY_NOT is None
+        name = "native" if native else "torch"
+    return BACKENDS[name]
+
+
+def backends() -> dict[str, str]:
+    """What each backend can do here: "available", with its instruction set, or why not."""
+    native = linear_native.WHY_NOT or f"available ({linear_native.INSTRUCTION_SETS[0]})"
+    return {"native": native, "torch": "available"}
+
+
+@contextmanager
+def use_backend(name: str, instruction_set: str | None = None) -> Iterator[None]:
+    """Forces a backend in this thread and context, for tests and benchmarks.
+
+    instruction_set: of the native kernels, one of `linear_native.INSTRUCTION_SETS`
+    """
+    if name not in BACKENDS or not backends()[name].startswith("available"):
+        raise ValueError(f"expected an available backend, got {name!r}: {backends()}")
+    known = linear_native.INSTRUCTION_SETS
+    if instruction_set is not None and instruction_set not in known:
+        raise ValueError(f"expected instruction_set in {list(known)}, got {instruction_set!r}")
+    backend_before = _forced.set(name)
+    set_before = linear_native.instruction_set.set(
+        known.index(instruction_set) if instruction_set else 0
+    )
+    try:
+        yield
+    finally:
+        _forced.reset(backend_before)
+        linear_native.instruction_set.reset(set_before)
 
 
 def linear(
@@ -29,9 +84,28 @@ def linear(
     x: (batch, in_features); values: (nnz, C, R); bias: (out_features,); all of one floating dtype
     and device; activation: "none", "relu" or "gelu" -> (batch, out_features)
     """
+    if _unwatched(x, values, bias):
+        return _backend(x).linear(x, values, pattern, bias, out_features, activation)
     if activation == "gelu" and torch.is_grad_enabled():  # its gradient needs what went in
         return F.gelu(_linear(x, values, pattern, bias, out_features, "none"))
     return _linear(x, values, pattern, bias, out_features, activation)
+
+
+def _unwatched(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing needs to see the call (a gradient, a compiler, a tracer, a transform, a mode),
+    so that a registered op would only cost its dispatch: as much as a small layer."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return False
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
 
 
 @torch.library.custom_op("sparse_lth::linear", mutates_args=())
@@ -43,19 +117,19 @@ def _linear(
     out_features: int,
     activation: str,
 ) -> Tensor:
-    return linear_torch.linear(x, values, Pattern(*pattern), bias, out_features, activation)
+    return _backend(x).linear(x, values, Pattern(*pattern), bias, out_features, activation)
 
 
 @torch.library.custom_op("sparse_lth::linear_grad_input", mutates_args=())
 def _linear_grad_input(
     grad: Tensor, values: Tensor, pattern: Sequence[Tensor], in_features: int
 ) -> Tensor:
-    return linear_torch.linear_grad_input(grad, values, Pattern(*pattern), in_features)
+    return _backend(grad).linear_grad_input(grad, values, Pattern(*pattern), in_features)
 
 
 @torch.library.custom_op("sparse_lth::sddmm", mutates_args=())
 def _sddmm(grad: Tensor, x: Tensor, pattern: Sequence[Tensor], C: int, R: int) -> Tensor:
-    return sddmm_torch.sddmm(grad, x, Pattern(*pattern), (C, R))
+    return _backend(grad).sddmm(grad, x, Pattern(*pattern), (C, R))
 
 
 @_linear.register_fake
