@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from . import linear_native, linear_torch, sddmm_native, sddmm_torch
 from .linear_native import Chain, ChainLayer
@@ -84,27 +85,29 @@ def linear(
     x: (batch, in_features); values: (nnz, C, R); bias: (out_features,); all of one floating dtype
     and device; activation: "none", "relu" or "gelu" -> (batch, out_features)
     """
-    if _unwatched(x, values, bias):
-        return _backend(x).linear(x, values, pattern, bias, out_features, activation)
     if activation == "gelu" and torch.is_grad_enabled():  # its gradient needs what went in
-        return F.gelu(_linear(x, values, pattern, bias, out_features, "none"))
-    return _linear(x, values, pattern, bias, out_features, activation)
-
-
-def _unwatched(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing needs to see the call (a gradient, a compiler, a tracer, a transform, a mode),
-    so that a registered op would only cost its dispatch: as much as a small layer."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+        return F.gelu(linear(x, values, pattern, bias, out_features))
+    if _is_traced(x):
+        call = _linear
+    elif torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, values, bias)
     ):
-        return False
+        call = _Linear.apply
+    else:
+        call = _backend(x).linear
+    return call(x, values, pattern, bias, out_features, activation)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a compiler, tracer, transform or mode wants to see an op. Eager code does without: a
+    registered op takes several us to call, and its autograd 100 us, more than a small layer."""
     return (
-        not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     )
 
 
@@ -153,18 +156,45 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, values, output if ctx.activation == "relu" else None, *pattern)
 
 
-def _backward(ctx, grad):
+def _gradients(ctx, grad, linear_grad_input, sddmm):
+    """dx, dvalues, dbias; None where none is wanted"""
     x, values, y, *pattern = ctx.saved_tensors
+    pattern = Pattern(*pattern)
     dx = dvalues = dbias = None
     if ctx.activation == "relu":
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     if ctx.needs_input_grad[0]:
-        dx = _linear_grad_input(grad, values, pattern, x.shape[1])
+        dx = linear_grad_input(grad, values, pattern, x.shape[1])
     if ctx.needs_input_grad[1]:
-        dvalues = _sddmm(grad, x, pattern, *values.shape[1:])
+        dvalues = sddmm(grad, x, pattern, values.shape[1:])
     if ctx.has_bias and ctx.needs_input_grad[3]:
         dbias = grad.sum(0)
-    return dx, dvalues, [None] * len(pattern), dbias, None, None
+    return dx, dvalues, dbias
+
+
+def _backward(ctx, grad):
+    def sddmm(grad, x, pattern, block):
+        return _sddmm(grad, x, pattern, *block)
+
+    dx, dvalues, dbias = _gradients(ctx, grad, _linear_grad_input, sddmm)
+    return dx, dvalues, [None] * len(Pattern._fields), dbias, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_save)
+
+
+class _Linear(torch.autograd.Function):
+    """The same for eager training."""
+
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def forward(x, values, pattern, bias, out_features, activation):
+        return _backend(x).linear(x, values, pattern, bias, out_features, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        _, linear_grad_input, sddmm = _backend(grad)
+        dx, dvalues, dbias = _gradients(ctx, grad, linear_grad_input, sddmm)
+        return dx, dvalues, None, dbias, None, None

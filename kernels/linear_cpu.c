@@ -120,8 +120,7 @@ INLINE void NAME(wide_rows)(const int nv, const Layer *l, int64_t begin, int64_t
     const int chains = 8 / nv, lanes = nv * LANES;
     const int64_t R = l->R, C = l->C;
     for (int64_t o = begin; o < end; o++) {
-        const int64_t i = o / R, last = l->crow[i + 1];
-        const float *w = l->values + o % R;
+        const int64_t i = o / R, r = o % R, last = l->crow[i + 1];
         vec acc[8];
         UNROLL for (int a = 0; a < 8; a++) acc[a] = (vec){0};
         int64_t n = l->crow[i];
@@ -130,18 +129,18 @@ INLINE void NAME(wide_rows)(const int nv, const Layer *l, int64_t begin, int64_t
         acc[(j) * nv + v] += (weight) * LOAD(x + (input) * lanes + v * LANES);
         if (C == 1) {
             for (; n + chains <= last; n += chains)
-                UNROLL for (int j = 0; j < chains; j++) ADD(j, w[(n + j) * R], l->col[n + j])
+                UNROLL for (int j = 0; j < chains; j++) ADD(j, l->values[(n + j) * R + r], l->col[n + j])
             for (; n < last; n++)
-                ADD(0, w[n * R], l->col[n])
+                ADD(0, l->values[n * R + r], l->col[n])
         } else {
             for (; n < last; n++) {
                 const int64_t k = l->col[n] * C, inside = min64(C, l->in - k);
-                const float *wn = w + n * C * R;
+                const float *w = l->values + n * C * R + r;
                 int64_t c = 0;
                 for (; c + chains <= inside; c += chains)
-                    UNROLL for (int j = 0; j < chains; j++) ADD(j, wn[(c + j) * R], k + c + j)
+                    UNROLL for (int j = 0; j < chains; j++) ADD(j, w[(c + j) * R], k + c + j)
                 for (; c < inside; c++)
-                    ADD(0, wn[c * R], k + c)
+                    ADD(0, w[c * R], k + c)
             }
         }
 #undef ADD
@@ -172,25 +171,25 @@ static TARGET void NAME(single)(const Layer *l, int64_t begin, int64_t end, cons
 {
     const int64_t R = l->R, C = l->C;
     for (int64_t o = begin; o < end; o++) {
-        const int64_t i = o / R, last = l->crow[i + 1];
-        const float *w = l->values + o % R;
+        const int64_t i = o / R, r = o % R, last = l->crow[i + 1];
         vec sums = {0};
         float sum[4] = {0};
         int64_t n = l->crow[i];
         if (C == 1) {
             for (; n + 4 <= last; n += 4)
-                UNROLL for (int j = 0; j < 4; j++) sum[j] += w[(n + j) * R] * x[l->col[n + j]];
+                UNROLL for (int j = 0; j < 4; j++) 
+                    sum[j] += l->values[(n + j) * R + r] * x[l->col[n + j]];
             for (; n < last; n++)
-                sum[0] += w[n * R] * x[l->col[n]];
+                sum[0] += l->values[n * R + r] * x[l->col[n]];
         }
         for (; n < last; n++) {
-            const float *wn = w + n * C * R, *xk = x + l->col[n] * C;
+            const float *w = l->values + n * C * R + r, *xk = x + l->col[n] * C;
             const int64_t inside = min64(C, l->in - l->col[n] * C);
             int64_t c = 0;
             for (; R == 1 && c + LANES <= inside; c += LANES)
-                sums += LOAD(wn + c) * LOAD(xk + c);
+                sums += LOAD(w + c) * LOAD(xk + c);
             for (; c < inside; c++)
-                sum[c % 4] += wn[c * R] * xk[c];
+                sum[c % 4] += w[c * R] * xk[c];
         }
         UNROLL for (int j = 0; j < LANES; j++) sum[j % 4] += sums[j];
         const float total = (sum[0] + sum[1]) + (sum[2] + sum[3]) + (l->bias ? l->bias[o] : 0);

@@ -66,6 +66,12 @@ static void find_usable(void)
     usable[n_usable++] = &kernels_baseline;
 }
 
+/* Room for at least `floats`, or NULL; aligned_alloc takes whole multiples of the alignment. */
+static float *allocate(int64_t floats)
+{
+    return aligned_alloc(64, (floats / 16 + 1) * 64);
+}
+
 /* A thread is worth starting for this many multiply-adds, some ten microseconds. */
 enum { WORTH_A_THREAD = 1 << 19 };
 
@@ -160,7 +166,7 @@ static int forward(const Kernels *k, const Layer *layers, int n, const float *x,
     const int across = tiles >= threads ? threads : 1; /* threads over tiles, or over outputs */
     Forward f = {k, layers, n, threads / across, x, y, ldx, batch, tile, widest * (any_wide ? tile : min64(tile, batch)), NULL};
     f.part = ceil_div(f.part, 16) * 16;
-    f.scratch = aligned_alloc(64, across * 2 * f.part * sizeof(float));
+    f.scratch = allocate(across * 2 * f.part);
     if (!f.scratch)
         return -1;
     parallel_for(across, tiles, forward_tile, &f);
@@ -197,7 +203,7 @@ static int grad_input(const Kernels *k, const Layer *transposed, const int32_t *
 {
     Layer l = *transposed;
     const int64_t nnz = l.crow[block_rows(&l)], size = l.R * l.C;
-    float *packed = aligned_alloc(64, ceil_div(nnz * size + 1, 16) * 64);
+    float *packed = allocate(nnz * size);
     if (!packed)
         return -1;
     Pack pack = {k, l.values, slots, packed, l.C, l.R, nnz, ceil_div(1 << 14, size)};
@@ -260,7 +266,7 @@ static int sddmm(const Kernels *k, const Gradient *g, int threads)
     s.lanes = k->lanes;
     while (s.lanes < 8 * k->lanes && s.lanes < g->batch)
         s.lanes *= 2;
-    s.grad = aligned_alloc(64, (g->out + g->in) * s.lanes * sizeof(float));
+    s.grad = allocate((g->out + g->in) * s.lanes);
     if (!s.grad)
         return -1;
     s.x = s.grad + g->out * s.lanes;
