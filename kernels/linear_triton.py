@@ -327,7 +327,7 @@ def case(op: str, x: Tensor, pattern: Pattern, height: int, width: int) -> tiles
         height,
         width,
         tiles.bucket(len(x), tiles.BATCHES),
-        tiles.bucket(density, tiles.DENSITIES),
+        tiles.bucket(0.99 * density, tiles.DENSITIES),  # whole blocks round a density up
     )
 
 
