@@ -15,7 +15,7 @@ from sparse_lth.config import DATASETS, SCOPES, RunConfig
 from sparse_lth.data import DataError, load
 from sparse_lth.files import write
 from sparse_lth.lottery import State, search
-from sparse_lth.measure import compare
+from sparse_lth.measure import compare, summarise
 from sparse_lth.models import MODELS
 from sparse_lth.progress import watch, write_metrics
 from sparse_lth.report import print_tables, write_page
@@ -63,14 +63,15 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
     ticket = Ticket.from_state(config, state)
     ticket.save(run_dir / "ticket.safetensors")
-    comparison = None
     if config.export_blocksize:
         path = run_dir / "sparse_model.safetensors"
         save_sparse(path, ticket.sparse_network(config.export_blocksize), ticket)
-        comparison = compare(ticket, path, data.test)
-        write_metrics(run_dir, [*state.history, comparison])
-    write_page(run_dir / "report.html", ticket, comparison)
-    print_tables(console, ticket, comparison)
+        summary = compare(ticket, path, data.test)
+    else:
+        summary = summarise(ticket, config.device)
+    write_metrics(run_dir, [*state.history, summary])
+    write_page(run_dir / "report.html", ticket, summary)
+    print_tables(console, ticket, summary)
     console.print(f"report: {run_dir / 'report.html'}", highlight=False)
 
 
