@@ -22,7 +22,7 @@ from sparse_lth.report import print_tables, write_page
 from sparse_lth.ticket import Ticket, TicketError, save_sparse
 from sparse_lth.training import TrainingError
 
-console = Console(soft_wrap=True)
+console = Console()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: RunConfig, run_dir: Path) -> None:
     """Search, ticket, export, measurement, report; goes on from the state in run_dir, if any."""
-    console.print(describe(config), highlight=False)
-    data = load(config.dataset, config.data_dir, config.device, notify=console.print)
+    say(describe(config))
+    data = load(config.dataset, config.data_dir, config.device, notify=say)
     config = replace(config, dataset=data.name)
     run_dir.mkdir(parents=True, exist_ok=True)
     write(run_dir / "config.json", json.dumps(asdict(config), indent=1))
@@ -72,7 +72,12 @@ def run(config: RunConfig, run_dir: Path) -> None:
     write_metrics(run_dir, [*state.history, summary])
     write_page(run_dir / "report.html", ticket, summary)
     print_tables(console, ticket, summary)
-    console.print(f"report: {run_dir / 'report.html'}", highlight=False)
+    say(f"report: {run_dir / 'report.html'}")
+
+
+def say(line: str) -> None:
+    """A line as it is: unwrapped, for pipes, and with no markup in it."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def new_config(flags: dict) -> RunConfig:

@@ -188,7 +188,8 @@ def _print_table(
         table.add_column(name, justify="left" if n == 0 or last else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell, STYLES.get(_tone(cell), "")) for cell in row))
-    console.print(table, soft_wrap=False, no_wrap=False, overflow="fold", crop=False)
+    console.print()
+    console.print(table)
 
 
 def _html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
