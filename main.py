@@ -15,7 +15,7 @@ from sparse_lth.config import DATASETS, SCOPES, RunConfig
 from sparse_lth.data import DataError, load
 from sparse_lth.files import write
 from sparse_lth.lottery import State, search
-from sparse_lth.measure import compare
+from sparse_lth.measure import compare, summarise
 from sparse_lth.models import MODELS
 from sparse_lth.progress import describe as describe_epoch
 from sparse_lth.progress import watch, write_metrics
@@ -23,7 +23,7 @@ from sparse_lth.report import print_tables, write_page
 from sparse_lth.ticket import Ticket, TicketError, save_sparse
 from sparse_lth.training import TrainingError
 
-console = Console(soft_wrap=True)
+console = Console()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: RunConfig, run_dir: Path) -> None:
     """Search, ticket, export, measurement, report; goes on from the state in run_dir, if any."""
-    console.print(describe(config), highlight=False)
-    data = load(config.dataset, config.data_dir, config.device, notify=console.print)
+    say(describe(config))
+    data = load(config.dataset, config.data_dir, config.device, notify=say)
     config = replace(config, dataset=data.name)
     run_dir.mkdir(parents=True, exist_ok=True)
     write(run_dir / "config.json", json.dumps(asdict(config), indent=1))
@@ -66,15 +66,21 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
     ticket = Ticket.from_state(config, state)
     ticket.save(run_dir / "ticket.safetensors")
-    comparison = None
     if config.export_blocksize:
         path = run_dir / "sparse_model.safetensors"
         save_sparse(path, ticket.sparse_network(config.export_blocksize), ticket)
-        comparison = compare(ticket, path, data.test)
-        write_metrics(run_dir, [*state.history, comparison])
-    write_page(run_dir / "report.html", ticket, comparison)
-    print_tables(console, ticket, comparison)
-    console.print(f"report: {run_dir / 'report.html'}", highlight=False)
+        summary = compare(ticket, path, data.test)
+    else:
+        summary = summarise(ticket, config.device)
+    write_metrics(run_dir, [*state.history, summary])
+    write_page(run_dir / "report.html", ticket, summary)
+    print_tables(console, ticket, summary)
+    say(f"report: {run_dir / 'report.html'}")
+
+
+def say(line: str) -> None:
+    """A line as it is: unwrapped, for pipes, and with no markup in it."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def new_config(flags: dict) -> RunConfig:
