@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_lth import SparseLinear, kernels
-from sparse_lth.kernels import linear_torch, linear_triton, sddmm_triton, tiles
+from sparse_lth.kernels import dispatch, linear_torch, linear_triton, tiles
 from tests.bounds import assert_close
 
 # bfloat16 is left out: `tl.dot` on it is silently wrong in the interpreter
@@ -153,10 +153,7 @@ def test_padding_never_reaches_a_result(padding):
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3)])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_training_step_is_that_of_the_dense_layer(size, blocksize, shape, layout, monkeypatch):
-    triton = kernels.Backend(
-        "triton", linear_triton.linear, linear_triton.linear_grad_input, sddmm_triton.sddmm
-    )
-    monkeypatch.setattr(kernels, "backend", lambda x: triton)
+    monkeypatch.setattr(kernels, "backend", lambda x: dispatch._triton())
     layer = _layer(size, blocksize, 0.5, activation="relu").requires_grad_(True)
     dense = layer.to_dense().double()
     x = torch.randn(*shape, size[1])
