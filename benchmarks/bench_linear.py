@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_lth import SparseLinear
+from sparse_lth.kernels import backend
 from sparse_lth.masks import expand, keep_highest
 
 DENSITIES = (0.5, 0.2, 0.1, 0.05)
@@ -24,11 +25,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float32
 SECONDS, ROUNDS = 0.5, (5, 500)  # for a row: about so long, at least and at most so often
 K = 8  # |out - ref| <= K eps (|x| @ |w|.T): a few roundings, since long sums are done in parts
-
-
-def backend() -> str:
-    """What the sparse layer runs on."""
-    return "torch"
 
 
 @cache
@@ -113,7 +109,7 @@ def test_linear(benchmark, pytestconfig, layer, batch, blocksize, density):
         "shape": [batch, *layer],
         "density": density,
         "blocksize": [blocksize, blocksize],
-        "backend": backend(),
+        "backend": backend(x).name,
         **pruned,
         **dense,
         "speedup": speedup,

@@ -16,7 +16,16 @@ from .dispatch import backend, backends, use_backend
 from .linear_native import Chain, ChainLayer
 from .pattern import Pattern
 
-__all__ = ["Chain", "ChainLayer", "Pattern", "backend", "backends", "linear", "use_backend"]
+__all__ = [
+    "Chain",
+    "ChainLayer",
+    "Pattern",
+    "backend",
+    "backends",
+    "is_traced",
+    "linear",
+    "use_backend",
+]
 
 
 def linear(
@@ -39,7 +48,7 @@ def linear(
         )
     if activation == "gelu" and torch.is_grad_enabled():  # its gradient needs what went in
         return F.gelu(linear(x, values, pattern, bias, out_features))
-    if _is_traced(x):
+    if is_traced(x):
         call = _linear
     elif torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, values, bias)
@@ -50,7 +59,7 @@ def linear(
     return call(x, values, pattern, bias, out_features, activation)
 
 
-def _is_traced(x: Tensor) -> bool:
+def is_traced(x: Tensor) -> bool:
     """Whether a compiler, tracer, transform or mode wants to see an op. Eager code does without: a
     registered op takes several us to call, and its autograd 100 us, more than a small layer."""
     return (

@@ -1,5 +1,6 @@
 """Ticket, what a search found, and the block-sparse model made of it: save, load, convert."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .files import add_prefix, load_tensors, save_tensors, split_prefix
 from .layers import SparseLinear, sparsify_
 from .lottery import State, masked_model
 from .models import MODELS, build, weight_layers
+from .sequential import SparseSequential
 
 
 class TicketError(ValueError):
@@ -66,9 +68,10 @@ class Ticket:
         """The trained network in plain dense layers, its pruned weights zeros."""
         return _make_permanent(self.network()).eval()
 
-    def sparse_network(self, blocksize: tuple[int, int]) -> nn.Module:
+    def sparse_network(self, blocksize: tuple[int, int]) -> SparseSequential:
         """The trained network with every linear layer that has an empty block made sparse."""
-        return _make_permanent(sparsify_(self.network(), blocksize)).eval()
+        network = _make_permanent(sparsify_(self.network(), blocksize))
+        return SparseSequential(OrderedDict(network.named_children())).eval()
 
     def save(self, path: str | Path) -> None:
         groups = {name: getattr(self, name) for name in ("init", "masks", "trained")}
@@ -104,14 +107,14 @@ def save_sparse(path: str | Path, network: nn.Module, ticket: Ticket) -> None:
     save_tensors(path, "model", network.state_dict(), about)
 
 
-def load_sparse(path: str | Path) -> nn.Module:
+def load_sparse(path: str | Path) -> SparseSequential:
     """The model of `--export-sparse`, ready to call: (batch, 1, 28, 28) images -> (batch, 10).
 
     Images are normalised as `sparse_lth.data` does: (pixel / 255 - 0.1307) / 0.3081.
     Raises TicketError, naming what is wrong, unless the file holds a whole model.
     """
     tensors, about = _load(path, "model", ("model", "layers"))
-    network = _build(path, about["model"])
+    network = SparseSequential(OrderedDict(_build(path, about["model"]).named_children()))
     for name in about["layers"]:
         dense = dict(network.named_modules()).get(name)
         if not isinstance(dense, nn.Linear):

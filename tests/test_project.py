@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports from lines above its own, and from its own line what stands before it
     ["kernels"],
     ["bsr", "data", "files", "models", "masks", "config"],
-    ["training", "layers"],
+    ["training", "layers", "sequential"],
     ["lottery", "ticket"],
     ["measure", "progress", "report"],
     ["main"],
