@@ -127,9 +127,10 @@ def new_run_dir(out_dir: Path | None) -> Path:
 def describe(config: RunConfig) -> str:
     """The first line of a run."""
     rate = 1 - (1 - config.prune_pc) ** (1 / config.prune_rounds)
+    pace = f"{config.prune_rounds} rounds, {rate:.1%} of what is left in each"
     text = (
         f"{config.model} on {config.dataset}: pruning {config.prune_pc:.0%} of the weights in "
-        f"{config.prune_rounds} rounds, {rate:.1%} of what is left in each, "
+        f"{'one shot' if config.one_shot else pace}, "
         f"{config.blocksize[0]}x{config.blocksize[1]} blocks, {config.scope}, "
         f"seed {config.seed}, {config.device}"
     )
@@ -149,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         default = getattr(RunConfig, options.get("dest", name), None)
         default = "x".join(map(str, default)) if isinstance(default, tuple) else default
-        help = help if default is None else f"{help} (default: {default})"
+        help = help if default is None or default is False else f"{help} (default: {default})"
         parser.add_argument(*names, help=help.replace("%", "%%"), **options)
 
     add("lr", "learning rate of Adam", type=float)
@@ -165,6 +166,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RxC",
     )
     add("scope", "where magnitudes compete", choices=SCOPES)
+    add("rewind_step", "rewind to the weights at this step of round 0, as in 500it or 1ep")
+    add("reinit", "control: start each round from newly drawn weights", action="store_true")
+    add("one_shot", "prune in one round what prune_rounds rounds would", action="store_true")
     add("dataset", "auto: mnist where it can be had, else scikit-learn's digits", choices=DATASETS)
     add("data_dir", "torchvision's root; $SPARSE_LTH_DATA gives another default")
     add("seed", "seed of the weights and of the order of the batches", type=int)

@@ -1,6 +1,7 @@
 """RunConfig: every setting of a run, once."""
 
 import math
+import re
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,6 +11,7 @@ from .models import MODELS, build
 
 SCOPES = ("layerwise", "global")
 DATASETS = ("auto", "mnist", "digits")
+_STEPS = re.compile(r"(\d+)(it|ep)")
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,11 @@ class RunConfig:
     prune_pc is the fraction of weights pruned in total when all rounds are done; blocksize (R, C)
     is outputs x inputs, (1, 1) being single weights; export_blocksize, when not None, asks for
     the block-sparse model in blocks of that size.
+
+    A round lasts `iterations` steps, or `epochs` where that is None, and is evaluated after every
+    `every` steps, or every epoch. rewind_step, as in 500it or 1ep, is the k of the θ_k that round 0
+    passes and survivors are rewound to; reinit draws new weights instead; one_shot prunes in one
+    round what prune_rounds rounds would.
     """
 
     model: str = "lenet-300-100"
@@ -27,10 +34,15 @@ class RunConfig:
     lr: float = 1e-3
     bs: int = 128
     epochs: int = 8
+    iterations: int | None = None
+    every: int | None = None
     prune_pc: float = 0.2
     prune_rounds: int = 5
     blocksize: tuple[int, int] = (1, 1)
     scope: str = "layerwise"
+    rewind_step: str = "0it"
+    reinit: bool = False
+    one_shot: bool = False
     export_blocksize: tuple[int, int] | None = None
     seed: int = 0
     device: str = "cpu"
@@ -42,6 +54,14 @@ class RunConfig:
         self._expect("lr", "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
         self._expect("bs", "at least 1", self.bs >= 1)
         self._expect("epochs", "at least 1", self.epochs >= 1)
+        for name in ("iterations", "every"):
+            value = getattr(self, name)
+            self._expect(name, "at least 1", value is None or value >= 1)
+        self._expect(
+            "rewind_step", "steps or epochs, as in 500it or 1ep", _STEPS.fullmatch(self.rewind_step)
+        )
+        late = steps(self.rewind_step, per_epoch=1) > 0
+        self._expect("reinit", "no rewind_step beside it", not (self.reinit and late))
         self._expect("prune_rounds", "at least 1", self.prune_rounds >= 1)
         self._expect("prune_pc", "a fraction above 0 and below 1", 0 < self.prune_pc < 1)
         self._expect("seed", "0 or more", 0 <= self.seed < 2**63)
@@ -56,9 +76,15 @@ class RunConfig:
         if not holds:
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
+    @property
+    def rounds(self) -> int:
+        """How many follow the dense round 0."""
+        return 1 if self.one_shot else self.prune_rounds
+
     def layer_densities(self, round: int) -> dict[str, float]:
         """Density of each layer that is pruned, after `round` rounds (masks.layer_densities)."""
         rate = 1 - (1 - self.prune_pc) ** (1 / self.prune_rounds)
+        round = round * self.prune_rounds if self.one_shot else round
         return layer_densities(build(self.model), rate, round, self.blocksize, self.scope)
 
     def search_settings(self) -> dict:
@@ -72,3 +98,9 @@ class RunConfig:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         except TypeError as error:
             raise ValueError(f"expected the settings of a run, got {settings}: {error}") from error
+
+
+def steps(text: str, per_epoch: int) -> int:
+    """500it -> 500; 2ep -> two epochs of per_epoch steps"""
+    count, unit = _STEPS.fullmatch(text).groups()
+    return int(count) * (per_epoch if unit == "ep" else 1)

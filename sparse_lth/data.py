@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -97,19 +97,14 @@ def load(
     return _mnist(raw, device)
 
 
-def batches(
-    split: Split, batch_size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of (images, labels) in an order drawn at once from the CPU `generator`.
+def batches(split: Split, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """One epoch as the (batch,) indices of each batch, in an order drawn from the CPU `generator`.
 
     Every sample comes once; the last batch may be smaller. Gathering batch by batch stays in the
     CPU's cache: four times as fast as shuffling the whole epoch first.
     """
     order = torch.randperm(len(split.labels), generator=generator).to(split.labels.device)
-    return (
-        (split.images.index_select(0, chosen), split.labels.index_select(0, chosen))
-        for chosen in order.split(batch_size)
-    )
+    return order.split(batch_size)
 
 
 def _split(images: Tensor, labels: Tensor, white: int, device: torch.device | str) -> Split:

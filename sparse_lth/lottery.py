@@ -1,5 +1,6 @@
 """The search: train, prune, rewind, again and again (iterative magnitude pruning)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,31 +9,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from .config import RunConfig
+from .config import RunConfig, steps
 from .data import Dataset, batches
 from .files import add_prefix, load_tensors, save_tensors, split_prefix
 from .masks import density, magnitude_masks
 from .models import build, initialise, weight_layers
-from .training import evaluate, train_epoch
+from .training import TrainingError, evaluate, make_step
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a search stands after an epoch: all that it needs to go on exactly.
+    """Where a search stands after an evaluation: all that it needs to go on exactly.
 
-    The tensors are the live ones that the next epoch changes: save them before going on.
+    The tensors are the live ones that the next step changes: save them before going on.
     """
 
     round: int  # 0 is the dense network
-    epoch: int  # epochs finished in this round
-    init: Tensors  # θ₀, by parameter name
+    epoch: int  # whole epochs finished in this round
+    step: int  # optimizer steps finished in this round
+    init: Tensors  # what survivors are rewound to, by parameter name: θ₀, or θ_k once it is known
     masks: Tensors  # bool, by layer name
     weights: Tensors  # by parameter name, pruned ones exactly 0
-    generator: Tensor  # state of the generator that orders the batches
+    generator: Tensor  # state, at the start of this epoch, of the generator that orders batches
     optimizer: Tensors = field(default_factory=dict)  # "<parameter>.<key>"; empty before a round
-    history: tuple[dict, ...] = ()  # a record for every finished epoch
+    history: tuple[dict, ...] = ()  # a record for every evaluation
 
     @classmethod
     def start(cls, config: RunConfig) -> "State":
@@ -44,14 +46,14 @@ class State:
             name: torch.ones(layer.weight.shape, dtype=torch.bool)
             for name, layer in weight_layers(model).items()
         }
-        return cls(0, 0, init, masks, init, generator.get_state())
+        return cls(0, 0, 0, init, masks, init, generator.get_state())
 
     def save(self, path: str | Path) -> None:
         groups = {n: getattr(self, n) for n in ("init", "masks", "weights", "optimizer")}
         tensors = {"generator": self.generator}
         for name, group in groups.items():
             tensors |= add_prefix(group, name)
-        about = {"round": self.round, "epoch": self.epoch, "history": self.history}
+        about = {n: getattr(self, n) for n in ("round", "epoch", "step", "history")}
         save_tensors(path, "state", tensors, about)
 
     @classmethod
@@ -63,65 +65,121 @@ class State:
 
 
 def search(config: RunConfig, data: Dataset, state: State | None = None) -> Iterator[State]:
-    """Goes on from `state`, or from the start, and yields the state after every epoch.
+    """Goes on from `state`, or from the start, and yields the state after every evaluation.
 
-    The state of a round's last epoch carries its test accuracy; the last round's is the ticket.
+    The last state of a round carries its test accuracy; the last round's is the ticket.
     """
     state = state or State.start(config)
     while True:
         for state in train_round(config, data, state):  # noqa: B020
             yield state
-        if state.round == config.prune_rounds:
+        if state.round == config.rounds:
             return
         state = next_round(config, state)
 
 
 def next_round(config: RunConfig, state: State) -> State:
-    """Prunes the trained weights and puts every surviving weight and every bias back to θ₀."""
+    """Prunes the trained weights and rewinds every surviving weight and every bias, bit for bit.
+
+    They go back to θ₀, or to θ_k; with config.reinit to newly drawn values, and no ticket is left.
+    """
     densities = config.layer_densities(state.round + 1)
     weights = {name: state.weights[f"{name}.weight"].cpu() for name in state.masks}
     masks = magnitude_masks(weights, state.masks, densities, config.blocksize, config.scope)
-    return replace(
-        state, round=state.round + 1, epoch=0, masks=masks, weights=state.init, optimizer={}
-    )
+    if config.reinit:
+        state = redraw(config, state)
+    start = {"round": state.round + 1, "epoch": 0, "step": 0, "optimizer": {}}
+    return replace(state, **start, masks=masks, weights=state.init)
+
+
+def redraw(config: RunConfig, state: State) -> State:
+    """The state with weights, and so those to rewind to, drawn anew from its generator."""
+    generator = torch.Generator()
+    generator.set_state(state.generator)
+    init = initialise(build(config.model), generator)
+    return replace(state, init=init, weights=init, generator=generator.get_state())
 
 
 def train_round(config: RunConfig, data: Dataset, state: State) -> Iterator[State]:
-    """The epochs that the round still lacks; yields the state after each."""
+    """The steps that the round still lacks; yields the state after every evaluation.
+
+    Evaluations come after every epoch or `config.every` steps, and at the end.
+    """
+    per_epoch = math.ceil(len(data.train.labels) / config.bs)
+    total = config.iterations or config.epochs * per_epoch
+    rewind_step = steps(config.rewind_step, per_epoch) if state.round == 0 else 0
+    if rewind_step > total:
+        raise TrainingError(
+            f"expected a --rewind_step within the {total} steps of a round, "
+            f"got {config.rewind_step}, which is step {rewind_step}"
+        )
     device = torch.device(config.device)
-    model = masked_model(config.model, state.weights, state.masks).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    model = masked_model(config.model, state.weights, state.masks).to(device).train()
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=config.lr, fused=True, capturable=device.type == "cuda"
+    )
     for name, value in state.optimizer.items():
         parameter, _, key = name.rpartition(".")
         optimizer.state[model.get_parameter(parameter)][key] = value.to(device)
     generator = torch.Generator()
     generator.set_state(state.generator)
-    for epoch in range(state.epoch + 1, config.epochs + 1):
-        train_loss = train_epoch(model, optimizer, batches(data.train, config.bs, generator))
-        validation_loss, validation_accuracy = evaluate(model, data.validation)
-        record = {
-            "round": state.round,
-            "epoch": epoch,
-            "density": density(state.masks),
-            "train_loss": train_loss,
-            "validation_loss": validation_loss,
-            "validation_accuracy": validation_accuracy,
-        }
-        if epoch == config.epochs:
-            record["test_accuracy"] = evaluate(model, data.test)[1]
-        state = replace(
-            state,
-            epoch=epoch,
-            weights=effective_weights(model),
-            generator=generator.get_state(),
-            optimizer={
-                f"{name}.{key}": value
-                for name, parameter in model.named_parameters()
-                for key, value in optimizer.state[parameter].items()
-            },
-            history=(*state.history, record),
-        )
-        yield state
+    take_step = make_step(model, optimizer, data.train)
+    step, losses, since = state.step, 0.0, state.step
+    while step < total:
+        epoch_start = generator.get_state()
+        for chosen in batches(data.train, config.bs, generator)[step % per_epoch :]:
+            losses, step = losses + take_step(chosen), step + 1
+            if step == rewind_step:
+                init = {n: w.to("cpu", copy=True) for n, w in effective_weights(model).items()}
+                state = replace(state, init=init)
+            if step % (config.every or per_epoch) and step != total:
+                continue
+            epoch, left = divmod(step, per_epoch)
+            record = {
+                "round": state.round,
+                "epoch": epoch,
+                "step": step,
+                "density": density(state.masks),
+                **_evaluate(model, data, float(losses) / (step - since), tested=step == total),
+            }
+            state = replace(
+                state,
+                epoch=epoch,
+                step=step,
+                weights=effective_weights(model),
+                generator=epoch_start if left else generator.get_state(),
+                optimizer=_optimizer_state(model, optimizer),
+                history=(*state.history, record),
+            )
+            yield state
+            losses, since = 0.0, step
+            if step == total:
+                return
+
+
+def _evaluate(model: nn.Module, data: Dataset, train_loss: float, tested: bool) -> dict:
+    """What a record says of the network. TrainingError if the loss is not finite."""
+    if not math.isfinite(train_loss):
+        raise TrainingError(f"expected a finite training loss, got {train_loss}: try a lower --lr")
+    loss, accuracy = evaluate(model, data.validation)
+    record = {
+        "train_loss": train_loss,
+        "validation_loss": loss,
+        "validation_accuracy": accuracy,
+    }
+    if tested:
+        record["test_accuracy"] = evaluate(model, data.test)[1]
+    model.train()
+    return record
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Its live tensors as "<parameter>.<key>"."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
 
 
 def masked_model(name: str, weights: Tensors, masks: Tensors) -> nn.Module:

@@ -24,7 +24,7 @@ def watch(
 
     On a terminal a bar is shown, elsewhere a line is printed for every epoch.
     """
-    total = (config.prune_rounds + 1) * config.epochs
+    total = (config.rounds + 1) * config.epochs
     curves = _Curves(run_dir / "tensorboard", config, len(start.history), console)
     columns = (
         TextColumn("{task.description}"),
@@ -84,7 +84,7 @@ class _Curves:
             return
         step = len(state.history)
         for name, value in state.history[-1].items():
-            if name not in ("round", "epoch"):
+            if name not in ("round", "epoch", "step"):
                 self.writer.add_scalar(name, value, step)
         if state.epoch == self.epochs:
             for name, mask in state.masks.items():

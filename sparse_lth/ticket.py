@@ -26,7 +26,8 @@ class Ticket:
     """A winning ticket: masks with the rewind weights θ₀ they apply to, and what they trained to.
 
     settings: the RunConfig of the search as a dict, without the place of the data
-    init, trained: float32 by parameter name; trained is exactly 0 where pruned
+    init, trained: float32 by parameter name; init is θ_k after late rewinding; trained is exactly
+        0 where pruned
     masks: bool by layer name, True = kept
     rounds: a record for each round, 0 being dense: density, validation_accuracy, test_accuracy, ...
     """

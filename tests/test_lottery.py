@@ -5,9 +5,17 @@ import torch
 from torch.nn.utils import prune
 
 from sparse_lth.config import RunConfig
-from sparse_lth.lottery import State, effective_weights, masked_model, next_round, search
+from sparse_lth.data import Split, batches
+from sparse_lth.lottery import (
+    State,
+    effective_weights,
+    masked_model,
+    next_round,
+    search,
+    train_round,
+)
 from sparse_lth.models import build, initialise
-from sparse_lth.training import TrainingError, train_epoch
+from sparse_lth.training import TrainingError, make_step
 
 CONFIG = RunConfig(dataset="digits", epochs=2, bs=50, prune_pc=0.8, prune_rounds=2)
 
@@ -47,15 +55,85 @@ def test_same_seed_same_ticket_other_seed_another(tiny):
     assert not _same(_last(search(CONFIG, tiny)), _last(search(replace(CONFIG, seed=1), tiny)))
 
 
+# each is evaluated six times: after epochs, and in the midst of them, before and after step k
+RESUMED = {
+    "epochs": CONFIG,
+    "late": replace(CONFIG, rewind_step="3it"),
+    "steps": replace(CONFIG, rewind_step="4it", iterations=6, every=3, bs=60),
+    "reinit": replace(CONFIG, reinit=True),
+}
+
+
+@pytest.mark.parametrize("config", RESUMED.values(), ids=RESUMED)
 @pytest.mark.parametrize("stop", range(1, 7))
-def test_a_search_resumed_after_any_epoch_ends_as_if_never_stopped(tiny, tmp_path, stop):
-    for _, state in zip(range(stop), search(CONFIG, tiny), strict=False):
+def test_a_search_resumed_anywhere_ends_as_if_never_stopped(tiny, tmp_path, config, stop):
+    for _, state in zip(range(stop), search(config, tiny), strict=False):
         state.save(tmp_path / "state")
     saved = State.load(tmp_path / "state")
     assert _same(saved, state)
-    resumed = list(search(CONFIG, tiny, saved))
+    resumed = list(search(config, tiny, saved))
     assert len(resumed) == 6 - stop
-    assert _same(resumed[-1] if resumed else saved, _last(search(CONFIG, tiny)))
+    assert _same(resumed[-1] if resumed else saved, _last(search(config, tiny)))
+
+
+def test_steps_are_the_same_however_often_they_are_evaluated(tiny):
+    often = replace(CONFIG, epochs=1, prune_rounds=1, bs=60, iterations=7, every=2)
+    states = list(search(often, tiny))
+    assert [s.step for s in states] == [2, 4, 6, 7] * 2
+    assert [s.epoch for s in states] == [0, 1, 1, 1] * 2  # four batches an epoch
+    once = _last(search(replace(often, every=7), tiny))
+    assert all(torch.equal(states[-1].weights[name], w) for name, w in once.weights.items())
+
+
+def test_late_rewinding_goes_back_to_the_weights_of_step_k_bit_for_bit(tiny):
+    config = replace(CONFIG, bs=60, rewind_step="1ep")  # four steps
+    at_k = _last(train_round(replace(config, iterations=4), tiny, State.start(config)))
+    expected = {name: w.clone() for name, w in at_k.weights.items()}
+    rewound = next_round(config, _last(train_round(config, tiny, State.start(config))))
+    assert not torch.equal(rewound.weights["fc1.bias"], torch.zeros(300))
+    for name, value in expected.items():
+        assert torch.equal(rewound.weights[name], value)
+        assert torch.equal(rewound.init[name], value)
+
+
+def test_a_rewind_step_beyond_the_round_is_refused(tiny):
+    with pytest.raises(TrainingError, match="within the 8 steps of a round, got 9it"):
+        list(search(replace(CONFIG, rewind_step="9it"), tiny))
+
+
+def test_reinit_starts_every_round_from_other_weights(tiny):
+    starts = [s.init["fc1.weight"] for s in search(replace(CONFIG, reinit=True), tiny)][1::2]
+    assert not torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[1], starts[2])
+
+
+def test_one_shot_reaches_the_density_of_all_rounds_in_one(tiny):
+    iterative = _last(search(CONFIG, tiny))
+    *_, state = search(replace(CONFIG, one_shot=True), tiny)
+    assert state.round == 1
+    for name, mask in iterative.masks.items():
+        assert int(state.masks[name].sum()) == int(mask.sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graphed_step_is_the_eager_step(tiny):
+    split = Split(tiny.train.images.cuda(), tiny.train.labels.cuda())
+    masks = {n: torch.rand(s) < 0.3 for n, s in (("fc1", (300, 784)), ("fc2", (100, 300)))}
+    masks["fc3"] = torch.ones(10, 100, dtype=torch.bool)  # not masked at all
+    init = initialise(build("lenet-300-100"), torch.Generator().manual_seed(0))
+    weights = []
+    for graphed in (False, True):
+        model = masked_model("lenet-300-100", init, masks).cuda()
+        optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=True)
+        step = make_step(model, optimizer, split)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for chosen in batches(split, 60, generator):  # of 60 and, last, of 20
+                (step if graphed else step.step)(chosen)
+        weights.append(effective_weights(model))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_pruning_rewinds_every_survivor_and_every_bias(tiny):
@@ -93,8 +171,9 @@ def test_pruned_weights_stay_zero_and_negative_ones_train(tiny, optimizer):
         for name in ("fc1", "fc2", "fc3")
     }
     model = masked_model("lenet-300-100", init, masks)
-    batch = [(tiny.train.images, tiny.train.labels)]
-    train_epoch(model, optimizer(model.parameters()), batch * 5)
+    step = make_step(model, optimizer(model.parameters()), tiny.train)
+    for _ in range(5):
+        step(torch.arange(len(tiny.train.labels)))
     after = effective_weights(model)
     for name, mask in masks.items():
         before, now = init[f"{name}.weight"], after[f"{name}.weight"]

@@ -59,6 +59,11 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
         (["--blocksize", "0x4"], "blocksize: expected two sizes of at least 1, got (0, 4)"),
         (["--blocksize", "16"], "expected RxC, as in 16x16, got 16"),
         (["--export-sparse", "0x1"], "export_blocksize: expected two sizes"),
+        (
+            ["--rewind_step", "5"],
+            "rewind_step: expected steps or epochs, as in 500it or 1ep, got 5",
+        ),
+        (["--reinit", "--rewind_step", "1ep"], "reinit: expected no rewind_step beside it, got"),
         (["--prune_percent", "1"], "unrecognized arguments: --prune_percent"),
         (["--dataset", "cifar"], "invalid choice: 'cifar'"),
         (["--resume", "/nowhere"], "--resume: expected the folder of a run, got /nowhere"),
@@ -166,3 +171,13 @@ def test_a_search_killed_at_random_moments_ends_with_the_same_ticket(tmp_path):
         if not (killed / "config.json").exists():
             assert not killed.exists() or not any(killed.iterdir())
     _assert_same_ticket(killed, whole)
+
+
+def test_one_shot_late_rewinding_is_in_the_ticket_and_goes_on_with_resume(tmp_path, capsys):
+    flags = ["--one-shot", "--rewind-step", "1it", "--prune_pc", "0.8", "--prune_rounds", "3"]
+    assert _run(*QUICK, *flags, "--out_dir", tmp_path) == 0
+    assert "in one shot" in capsys.readouterr().out.splitlines()[0]
+    ticket = Ticket.load(tmp_path / "ticket.safetensors")
+    assert (ticket.settings["one_shot"], ticket.settings["rewind_step"]) == (True, "1it")
+    assert len(ticket.rounds) == 2
+    assert _run("--resume", tmp_path) == 0
