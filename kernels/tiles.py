@@ -66,7 +66,7 @@ TABLE = {
     ("sddmm", 2): Tile(64, 128, 128, 8, 4),
     ("sddmm", 4): Tile(16, 128, 128, 8, 3),
 }
-HOPPER = {("matmul", 2, BATCHES[-1]): Tile(256, 128, 64, 8, 4)}  # fewer reads of the weight
+HOPPER = {("matmul", 2, BATCHES[-1]): Tile(256, 128, 64, 8, 4)}  # reads the weight half as often
 
 # Rates that set where a dense product wins: an H200's, in bytes and FLOP per second
 L2, HBM, TENSOR, FP32 = 5.5e12, 4.8e12, 700e12, 50e12
@@ -87,8 +87,9 @@ def _from_table(case: Case, device: Device, activation: str) -> Tile:
     # the row of batch 1 is a sum, not a product of tiles; only `linear` has it
     batch = 16 if case.op == "grad_input" and case.batch == 1 else case.batch
     key = ("matmul", size, batch)
-    roomy = case.width >= 8 and activation != "gelu"  # else the registers of HOPPER spill
-    return HOPPER.get(key, TABLE[key]) if roomy and device.capability >= 90 else TABLE[key]
+    tall = case.height >= 128 and device.capability >= 90
+    roomy = case.width >= 8 and activation != "gelu"  # else its registers spill
+    return HOPPER.get(key, TABLE[key]) if tall and roomy else TABLE[key]
 
 
 def fit(tile: Tile, case: Case, device: Device) -> Tile:
@@ -110,17 +111,17 @@ def fit(tile: Tile, case: Case, device: Device) -> Tile:
 def dense_pays(case: Case) -> bool:
     """Whether a dense product over the unpacked weight should be the faster, by its limits.
 
-    Per weight: a kept one costs `batch` reads of an input from L2, 32 bytes at least, over the
-    height of its block; a dense one its share of cuBLAS, and of writing and reading the weight.
+    Per weight: a kept one costs `batch` reads from L2 of an input, 32 bytes of a row at least,
+    over the height of its block, and of itself, over 256 rows; a dense one its share of cuBLAS,
+    and of writing and reading the weight.
     """
     size = 4 if case.dtype == "float32" else 2
     batch = min(case.batch, 4096)
-    gather = batch * case.density * max(32 / case.width, size) / case.height / L2
+    read = max(32 / case.width, size) / case.height + size / 256
+    gather = batch * case.density * read / L2
     compute = 2 * batch / (FP32 if size == 4 else TENSOR)
-    sparse = max(gather, case.density * compute)
-    if size == 4:
-        sparse = max(gather, 2 * case.density * compute)  # no tensor cores: half of cuBLAS
-    return sparse > compute + 4 * size / HBM
+    rate = 2 if size == 4 else 1  # without tensor cores, about half of cuBLAS
+    return max(gather, rate * case.density * compute) > compute + 4 * size / HBM
 
 
 def bucket(amount: float, ends: tuple) -> float:

@@ -14,6 +14,7 @@ from sparse_lth.kernels import linear_triton, sddmm_triton, tiles  # noqa: E402
 
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 INDICES = ["crow_ptr", "col_ptr", "order_ptr", "ccol_ptr", "t_row_ptr", "t_slot_ptr"]
+UNSPECIALIZED = ["batch", "block_rows", "block_cols"]
 KERNELS = {
     "linear": linear_triton._linear_kernel,
     "grad_input": linear_triton._grad_input_kernel,
@@ -29,37 +30,29 @@ BLOCKS = {  # height x width; the 16-bit types differ in one letter of an instru
     "float32": [(16, 16), (128, 64)],
 }
 NARROW = [(128, 1), (48, 5)]
+SHORT_COPY = r"cp\.async[.\w]* \[[^]]+\], \[[^]]+\], 0x[48],"  # of less than 16 bytes
 
 
 class Compiled:
-    """A kernel as the launcher would have it compiled: aligned pointers and strides."""
+    """A kernel as the launcher would have it compiled: aligned pointers and strides.
 
-    def __init__(self, case, device, activation="none", splits=1, ragged=False):
-        self.tile = tile = tiles.choose(case, device, activation)
-        fn, dtype = KERNELS[case.op], TYPES[case.dtype]
-        R, C = case.height, case.width
-        if case.op == "grad_input":
-            R, C = C, R
-        constants = linear_triton.options(tile)
-        options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
-        constants |= {"C": C, "R": R, "RAGGED": ragged, "PRECISION": "ieee"}
-        constants |= {"ACTIVATION": activation, "SPLITS": splits}
+    odd: the numbers that 16 does not divide; wide: the pointers to fp32
+    """
+
+    def __init__(self, fn, dtype, device, constants, options, odd=(), wide=()):
         constants = {name: value for name, value in constants.items() if name in fn.arg_names}
-        signature = {}
-        for name in fn.arg_names:
-            if name.endswith("_ptr"):
-                signature[name] = "*i32" if name in INDICES else f"*{dtype}"
+        signature, attrs = {}, {}
+        for i, name in enumerate(fn.arg_names):
+            if name in constants:
+                signature[name] = "constexpr"
+            elif name.endswith("_ptr"):
+                signature[name] = "*i32" if name in INDICES else f"*{TYPES[dtype]}"
             else:
-                signature[name] = "constexpr" if name in constants else "i32"
-        if splits > 1:
-            signature[fn.arg_names[6]] = "*fp32"  # the parts
-        sixteenths = [["tt.divisibility", 16]]
-        free = {fn.params[p].name if isinstance(p, int) else p for p in fn.do_not_specialize}
-        attrs = {
-            (i,): sixteenths
-            for i, name in enumerate(fn.arg_names)
-            if signature[name] != "constexpr" and name not in free
-        }
+                signature[name] = "i32"
+            if name in wide:
+                signature[name] = "*fp32"
+            if name not in constants and name not in odd and name not in UNSPECIALIZED:
+                attrs[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn, signature, constexprs=constants, attrs=attrs)
         target = GPUTarget("cuda", device.capability, 32)
         kernel = triton.compile(source, target=target, options=options)
@@ -78,6 +71,16 @@ class Compiled:
             if run.returncode == 0:
                 return sum(map(int, re.findall(r"(\d+) bytes (?:stack|spill)", run.stderr)))
         raise AssertionError(run.stderr)
+
+
+def _compile(case, device, activation="none", splits=1, ragged=False, odd=()):
+    R, C = (case.height, case.width) if case.op != "grad_input" else (case.width, case.height)
+    constants = linear_triton.options(tiles.choose(case, device, activation))
+    options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
+    constants |= {"C": C, "R": R, "RAGGED": ragged, "PRECISION": "ieee"}
+    constants |= {"ACTIVATION": activation, "SPLITS": splits}
+    parts = ("y_ptr", "dvalues_ptr") if splits > 1 else ()
+    return Compiled(KERNELS[case.op], case.dtype, device, constants, options, odd, parts)
 
 
 def _case(op, dtype, block, batch):
@@ -105,8 +108,9 @@ def _cases():
 @pytest.mark.parametrize(("op", "dtype", "block", "batch"), list(_cases()))
 def test_every_tile(arch, op, dtype, block, batch, tmp_path):
     activation = "gelu" if op == "linear" and batch < 512 else "none"
-    compiled = Compiled(_case(op, dtype, block, batch), DEVICES[arch], activation)
-    tile, ptx = compiled.tile, compiled.ptx
+    case = _case(op, dtype, block, batch)
+    compiled = _compile(case, DEVICES[arch], activation)
+    tile, ptx = tiles.choose(case, DEVICES[arch], activation), compiled.ptx
     assert compiled.spilled_bytes(tmp_path) == 0
     assert compiled.shared <= DEVICES[arch].shared_memory
     if dtype == "float32":
@@ -114,7 +118,7 @@ def test_every_tile(arch, op, dtype, block, batch, tmp_path):
     height, width = block
     if width >= 8 and batch > 1:
         assert not re.search(r"ld\.global[.\w]*[bu]16", ptx)
-        assert not re.search(r"cp\.async[.\w]* \[[^]]+\], \[[^]]+\], 0x[48],", ptx)
+        assert not re.search(SHORT_COPY, ptx)
         rows, cols = tile.block_m, tile.block_k
         if op == "sddmm":
             rows, cols = cols, rows
@@ -123,3 +127,25 @@ def test_every_tile(arch, op, dtype, block, batch, tmp_path):
         assert compiled.shared >= buffers * tiles_of_a_stage
     if arch == "sm_90" and height >= 64 and width >= 8 and batch > 16:
         assert "wgmma" in ptx
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("op", ["linear", "sddmm"])
+def test_odd_widths_are_pipelined_as_even_ones(arch, op):
+    case, device = _case(op, "float16", (128, 16), tiles.BATCHES[-1]), DEVICES[arch]
+    widths = ("in_features", "out_features", "numel")
+    odd = _compile(case, device, ragged=True, odd=widths)
+    assert odd.shared == _compile(case, device).shared
+    assert not re.search(SHORT_COPY, odd.ptx)
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("op", ["linear", "sddmm"])
+def test_sums_in_parts(arch, op, tmp_path):
+    case = _case(op, "float16", (64, 16), 512)
+    assert _compile(case, DEVICES[arch], splits=4).spilled_bytes(tmp_path) == 0
+    constants = {"ACTIVATION": "gelu", "SPLITS": 4, "BLOCK": 1024}
+    reduce = linear_triton._reduce_kernel
+    options, parts = {"enable_fp_fusion": True}, ("parts_ptr",)
+    compiled = Compiled(reduce, "float16", DEVICES[arch], constants, options, wide=parts)
+    assert compiled.spilled_bytes(tmp_path) == 0
