@@ -165,6 +165,26 @@ static TARGET void NAME(wide)(const Layer *l, int64_t begin, int64_t end, const 
         NAME(wide_rows)(4, l, begin, end, x, y);
 }
 
+/* The sum of v[n] * x[k[n]]. Gathering inputs into quads costs a shuffle each, but the weights are
+   then loaded and multiplied four at a time. */
+INLINE float NAME(gathered)(const float *v, const int32_t *k, const float *x, int64_t count)
+{
+    quad a = {0}, b = {0};
+    int64_t n = 0;
+#define GATHER(n) ((quad){x[k[n]], x[k[(n) + 1]], x[k[(n) + 2]], x[k[(n) + 3]]})
+    for (; n + 8 <= count; n += 8) {
+        a += *(const quad *)(v + n) * GATHER(n);
+        b += *(const quad *)(v + n + 4) * GATHER(n + 4);
+    }
+    for (; n + 4 <= count; n += 4)
+        a += *(const quad *)(v + n) * GATHER(n);
+#undef GATHER
+    a += b;
+    for (; n < count; n++)
+        a[0] += v[n] * x[k[n]];
+    return (a[0] + a[1]) + (a[2] + a[3]);
+}
+
 /* Outputs begin .. end for one row of the batch: x (in,) -> y (out,) */
 static TARGET void NAME(single)(const Layer *l, int64_t begin, int64_t end, const float *x,
                                 float *y)
@@ -174,23 +194,21 @@ static TARGET void NAME(single)(const Layer *l, int64_t begin, int64_t end, cons
         const int64_t i = o / R, r = o % R, last = l->crow[i + 1];
         vec sums = {0};
         float sum[4] = {0};
-        int64_t n = l->crow[i];
-        if (C == 1) {
-            for (; n + 4 <= last; n += 4)
-                UNROLL for (int j = 0; j < 4; j++) 
-                    sum[j] += l->values[(n + j) * R + r] * x[l->col[n + j]];
-            for (; n < last; n++)
-                sum[0] += l->values[n * R + r] * x[l->col[n]];
-        }
-        for (; n < last; n++) {
-            const float *w = l->values + n * C * R + r, *xk = x + l->col[n] * C;
-            const int64_t inside = min64(C, l->in - l->col[n] * C);
-            int64_t c = 0;
-            for (; R == 1 && c + LANES <= inside; c += LANES)
-                sums += LOAD(w + c) * LOAD(xk + c);
-            for (; c < inside; c++)
-                sum[c % 4] += w[c * R] * xk[c];
-        }
+        if (R == 1 && C == 1)
+            sum[0] = NAME(gathered)(l->values + l->crow[i], l->col + l->crow[i], x,
+                                    last - l->crow[i]);
+        else
+            for (int64_t n = l->crow[i]; n < last; n++) {
+                const float *w = l->values + n * C * R + r, *xk = x + l->col[n] * C;
+                const int64_t inside = min64(C, l->in - l->col[n] * C);
+                int64_t c = 0;
+                for (; R == 1 && c + LANES <= inside; c += LANES)
+                    sums += LOAD(w + c) * LOAD(xk + c);
+                for (; c + 4 <= inside; c += 4)
+                    UNROLL for (int j = 0; j < 4; j++) sum[j] += w[(c + j) * R] * xk[c + j];
+                for (; c < inside; c++)
+                    sum[0] += w[c * R] * xk[c];
+            }
         UNROLL for (int j = 0; j < LANES; j++) sum[j % 4] += sums[j];
         const float total = (sum[0] + sum[1]) + (sum[2] + sum[3]) + (l->bias ? l->bias[o] : 0);
         y[o] = l->relu && total < 0 ? 0 : total;
@@ -237,16 +255,21 @@ INLINE void NAME(transpose_block)(vec *v)
 #undef SWAP
 }
 
-/* from (m, n) -> to (n, m), with zeros from m to padded */
+/* from (m, n) -> to (n, m), with zeros from m to padded. It asks for the lines it comes to next: a
+   batch that is not in cache arrives here. */
 static TARGET void NAME(transpose)(const float *from, int64_t ldfrom, int64_t m, int64_t n,
                                    float *to, int64_t ldto, int64_t padded)
 {
-    for (int64_t j = 0; j < n; j += LANES)
-        for (int64_t i = 0; i < padded; i += LANES) {
+    enum { AHEAD = 64 };
+    for (int64_t i = 0; i < padded; i += LANES)
+        for (int64_t j = 0; j < n; j += LANES) {
             const int64_t in = min64(LANES, n - j), out = min64(LANES, padded - i);
             vec v[LANES];
             if (in == LANES && i + LANES <= m)
-                UNROLL for (int a = 0; a < LANES; a++) v[a] = LOAD(from + (i + a) * ldfrom + j);
+                UNROLL for (int a = 0; a < LANES; a++) {
+                    v[a] = LOAD(from + (i + a) * ldfrom + j);
+                    __builtin_prefetch(from + (i + a) * ldfrom + j + AHEAD);
+                }
             else
                 for (int a = 0; a < LANES; a++) {
                     v[a] = (vec){0};

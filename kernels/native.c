@@ -87,13 +87,15 @@ typedef struct {
 
 static int is_tall(const Layer *l) { return l->R % 8 == 0; }
 
-/* One layer on one tile, cut into ranges of outputs for the threads. */
+/* One layer on one tile, cut into ranges of outputs. */
 typedef struct {
     const Kernels *kernels;
     const Layer *layer;
     const float *x;
     float *y;
     int64_t ldx, ldy, rows, lanes, range;
+    const char *ahead; /* `ahead_bytes` to ask for meanwhile: the next tile's x */
+    int64_t ahead_bytes;
 } Step;
 
 static void step_range(void *arg, int64_t i, int worker)
@@ -103,6 +105,8 @@ static void step_range(void *arg, int64_t i, int worker)
     const int64_t all = is_tall(l) ? block_rows(l) : l->out;
     const int64_t begin = i * s->range, end = min64(all, begin + s->range);
     (void)worker;
+    for (int64_t at = s->ahead_bytes * begin / all; at < s->ahead_bytes * end / all; at += 64)
+        __builtin_prefetch(s->ahead + at, 0, 2);
     if (is_tall(l))
         (l->R % 16 ? s->kernels->tall8 : s->kernels->tall16)(l, begin, end, s->x, s->ldx, s->y,
                                                              s->ldy, s->rows);
@@ -136,12 +140,16 @@ static void forward_tile(void *arg, int64_t i, int worker)
             x = buffer, ldx = l->in, buffer = other, other = (float *)x;
             transposed = wide;
         }
-        const int64_t all = is_tall(l) ? block_rows(l) : l->out;
-        Step step = {k, l, x, last && !wide ? y : buffer, ldx, l->out, rows, lanes, all};
-        if (f->threads > 1)
-            step.range = ceil_div(all, 4 * f->threads);
-        if (all)
-            parallel_for(f->threads, ceil_div(all, step.range), step_range, &step);
+        const int64_t all = is_tall(l) ? block_rows(l) : l->out, next = begin + rows;
+        Step step = {.kernels = k, .layer = l, .x = x, .ldx = ldx, .ldy = l->out, .rows = rows,
+                     .lanes = lanes, .range = ceil_div(all, f->threads > 1 ? 4 * f->threads : 1)};
+        step.y = last && !wide ? y : buffer;
+        if (j == 0 && is_tall(l) && next < f->batch) { /* the blocks read x in no order */
+            step.range = 1;
+            step.ahead = (const char *)(f->x + next * f->ldx);
+            step.ahead_bytes = min64(f->tile, f->batch - next) * f->ldx * sizeof(float);
+        }
+        parallel_for(f->threads, ceil_div(all, step.range), step_range, &step);
         x = step.y, ldx = l->out, buffer = other, other = (float *)x;
     }
     if (transposed)

@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+
 /* A block-sparse (out, in) weight; a dense row-major weight is one with R = 1 and C = in. */
 typedef struct {
     const float *values;       /* (nnz, C, R) */
