@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from sparse_lth.config import DATASETS, SCOPES, RunConfig
+from sparse_lth.config import DATASETS, SCOPES, TRAIN_SPARSE, RunConfig
 from sparse_lth.data import DataError, load
 from sparse_lth.files import write
 from sparse_lth.lottery import State, search
@@ -169,6 +169,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("rewind_step", "rewind to the weights at this step of round 0, as in 500it or 1ep")
     add("reinit", "control: start each round from newly drawn weights", action="store_true")
     add("one_shot", "prune in one round what prune_rounds rounds would", action="store_true")
+    add(
+        "train_sparse",
+        "train pruned layers block-sparse instead of under masks; auto: where that is faster",
+        choices=TRAIN_SPARSE,
+    )
     add("dataset", "auto: mnist where it can be had, else scikit-learn's digits", choices=DATASETS)
     add("data_dir", "torchvision's root; $SPARSE_LTH_DATA gives another default")
     add("seed", "seed of the weights and of the order of the batches", type=int)

@@ -84,7 +84,7 @@ class _Curves:
             return
         step = len(state.history)
         for name, value in state.history[-1].items():
-            if name not in ("round", "epoch", "step"):
+            if isinstance(value, float):
                 self.writer.add_scalar(name, value, step)
         if state.epoch == self.epochs:
             for name, mask in state.masks.items():
