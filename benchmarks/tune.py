@@ -85,6 +85,7 @@ def best(problem: Problem, op: str, table: dict) -> tiles.Tile | None:
     case, times = problem.case(op), {}
     for tile in candidates(case):
         table[case.key()] = tile
+        tiles.of_case.cache_clear()
         try:
             times[tile] = gpu.device_times([lambda: problem.run(op)], graph=case.batch <= 64)
         except Exception as error:  # a tile that this GPU cannot take is no candidate

@@ -218,21 +218,23 @@ def linear(
     x: (batch, in_features); values: (nnz, C, R); bias: (out_features,) -> (batch, out_features)
     """
     (batch, in_features), (_, C, R) = x.shape, values.shape
-    device = tiles.device_of(x.device)
-    tile = tiles.choose(case("linear", x, pattern, R, C), device, activation)
+    device, block_rows = tiles.device_of(x.device), pattern.grid[0]
+
+    def programs(tile):
+        return triton.cdiv(batch, tile.block_m) * block_rows * triton.cdiv(R, tile.block_n)
+
+    tile = tiles.choose(case("linear", x, pattern, R, C), device, programs, activation)
     if tile is None:
         return linear_torch.linear(x, values, pattern, bias, out_features, activation)
     y = x.new_empty(batch, out_features)
     if y.numel() == 0:
         return y
-    block_rows = pattern.grid[0]
-    programs = triton.cdiv(batch, tile.block_m) * block_rows * triton.cdiv(R, tile.block_n)
     steps = len(values) * C // (block_rows * tile.block_k)
-    splits = tiles.splits(programs, steps, device)
+    splits = tiles.splits(programs(tile), steps, device)
     parts = y if splits == 1 else x.new_empty(splits, batch, out_features, dtype=torch.float32)
     x, bias = row_major(x), None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
-        _linear_kernel[programs, splits](
+        _linear_kernel[programs(tile), splits](
             x,
             values.contiguous(),
             pattern.crow_indices,
@@ -261,16 +263,20 @@ def linear(
 def linear_grad_input(grad: Tensor, values: Tensor, pattern: Pattern, in_features: int) -> Tensor:
     """grad @ weight; grad: (batch, out_features) -> (batch, in_features)"""
     (batch, out_features), (_, C, R) = grad.shape, values.shape
-    tile = tiles.choose(case("grad_input", grad, pattern, C, R), tiles.device_of(grad.device))
+    device, block_cols = tiles.device_of(grad.device), pattern.grid[1]
+
+    def programs(tile):
+        return triton.cdiv(batch, tile.block_m) * block_cols * triton.cdiv(C, tile.block_n)
+
+    tile = tiles.choose(case("grad_input", grad, pattern, C, R), device, programs)
     if tile is None:
         return linear_torch.linear_grad_input(grad, values, pattern, in_features)
     dx = grad.new_empty(batch, in_features)
     if dx.numel() == 0:
         return dx
-    grad, block_cols = row_major(grad), pattern.grid[1]
-    programs = triton.cdiv(batch, tile.block_m) * block_cols * triton.cdiv(C, tile.block_n)
+    grad = row_major(grad)
     with torch.cuda.device_of(grad):
-        _grad_input_kernel[(programs,)](
+        _grad_input_kernel[(programs(tile),)](
             grad,
             values.contiguous(),
             pattern.ccol_indices,

@@ -91,7 +91,7 @@ def sddmm(grad: Tensor, x: Tensor, pattern: Pattern, block: tuple[int, int]) -> 
     """
     (batch, in_features), out_features, (C, R) = x.shape, grad.shape[1], block
     device = tiles.device_of(x.device)
-    tile = tiles.choose(case("sddmm", x, pattern, R, C), device)
+    tile = tiles.of_case(case("sddmm", x, pattern, R, C), device)
     if tile is None:
         return sddmm_torch.sddmm(grad, x, pattern, block)
     dvalues = x.new_empty(len(pattern.col_indices), C, R)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,8 +73,24 @@ HOPPER = {("matmul", 2, BATCHES[-1]): Tile(256, 128, 64, 8, 4)}  # reads the wei
 L2, HBM, TENSOR, FP32 = 5.5e12, 4.8e12, 700e12, 50e12
 
 
-def choose(case: Case, device: Device, activation: str = "none") -> Tile | None:
-    """The tile for a case, fitted to the block and the device; None if dense is faster."""
+def choose(
+    case: Case, device: Device, programs: Callable[[Tile], int], activation: str = "none"
+) -> Tile | None:
+    """The tile for a case, fitted to the block and the device; None if dense is faster.
+
+    programs: how many a tile makes; where they are too few to fill the device, the layer is small
+    and takes the tile of a smaller batch.
+    """
+    tile = of_case(case, device, activation)
+    smaller = [batch for batch in (64, 512) if batch < case.batch]
+    while tile and smaller and programs(tile) < device.processors:
+        tile = of_case(case._replace(batch=smaller.pop()), device, activation) or tile
+    return tile
+
+
+@functools.cache
+def of_case(case: Case, device: Device, activation: str = "none") -> Tile | None:
+    """The measured tile of a case if there is one, else that of the table."""
     tile = tuned(device.name).get(case.key(), "table")
     if tile == "table":
         tile = None if dense_pays(case) else _from_table(case, device, activation)

@@ -17,9 +17,11 @@ def _case(**changes):
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tiles.tuned.cache_clear()
+    for cached in (tiles.tuned, tiles.of_case):
+        cached.cache_clear()
     yield
-    tiles.tuned.cache_clear()
+    for cached in (tiles.tuned, tiles.of_case):
+        cached.cache_clear()
 
 
 def _write(text):
@@ -35,7 +37,7 @@ def _write(text):
 @pytest.mark.parametrize("device", [H200, SMALL])
 def test_every_case_has_a_tile_that_fits(op, dtype, batch, height, device):
     case = _case(op=op, dtype=dtype, batch=batch, height=height, density=0.0)
-    tile = tiles.choose(case, device)
+    tile = tiles.of_case(case, device)
     size = 4 if dtype == "float32" else 2
     rows, cols = tile.block_m, tile.block_k
     if op == "sddmm":
@@ -55,9 +57,9 @@ def test_dense_takes_over_at_high_density_low_blocks_and_large_batches():
 
 def test_what_was_measured_comes_before_the_table():
     _write(json.dumps({_case().key(): [64, 64, 32, 4, 2], _case(density=0.2).key(): None}))
-    assert tiles.choose(_case(), H200) == (64, 64, 32, 4, 2)
-    assert tiles.choose(_case(density=0.2), H200) is None
-    assert tiles.choose(_case(density=0.05), H200) == tiles.HOPPER["matmul", 2, LARGE_BATCH]
+    assert tiles.of_case(_case(), H200) == (64, 64, 32, 4, 2)
+    assert tiles.of_case(_case(density=0.2), H200) is None
+    assert tiles.of_case(_case(density=0.05), H200) == tiles.HOPPER["matmul", 2, LARGE_BATCH]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": [1]}', '{"a": [3, 16, 16, 4, 2]}'])
@@ -70,3 +72,9 @@ def test_a_broken_file_of_tiles_is_left_aside(text):
 @pytest.mark.parametrize(("programs", "steps", "parts"), [(1000, 100, 1), (8, 100, 8), (8, 9, 2)])
 def test_splits(programs, steps, parts):
     assert tiles.splits(programs, steps, H200) == parts
+
+
+def test_a_small_layer_takes_a_smaller_tile():
+    many, few = (tiles.choose(_case(), H200, lambda tile, n=n: n) for n in (1000, 1))
+    assert many == tiles.HOPPER["matmul", 2, LARGE_BATCH]
+    assert few == tiles.fit(tiles.TABLE["matmul", 2, 64], _case(), H200)

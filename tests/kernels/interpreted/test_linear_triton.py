@@ -74,7 +74,10 @@ def test_blocks_of_any_size(size, blocksize, dtype):
 @pytest.mark.parametrize("batch", [0, 1, 2, 16, 17, 65, 600])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", [(16, 16), (128, 8)])
-def test_every_batch_has_a_tile(batch, dtype, blocksize):
+@pytest.mark.parametrize("processors", [1, 1000])  # to be filled by tiles: large or small ones
+def test_every_batch_has_a_tile(batch, dtype, blocksize, processors, monkeypatch):
+    device = tiles.Device("GPU", 90, processors, 232448)
+    monkeypatch.setattr(tiles, "device_of", lambda _: device)
     layer = _layer((130, 70), blocksize, 0.5, dtype)
     _check(layer, *_batch(layer, batch))
 
@@ -178,6 +181,7 @@ def test_training_step_is_that_of_the_dense_layer(size, blocksize, shape, layout
 
 def test_dense_takes_over_where_it_is_faster(monkeypatch):
     monkeypatch.undo()  # of the fixture that forbids it
+    tiles.of_case.cache_clear()
     called = []
     monkeypatch.setattr(linear_torch, "linear", lambda *args: called.append(args))
     layer = _layer((64, 64), (1, 1), 0.9)
