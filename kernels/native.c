@@ -94,8 +94,6 @@ typedef struct {
     const float *x;
     float *y;
     int64_t ldx, ldy, rows, lanes, range;
-    const char *ahead; /* `ahead_bytes` to ask for meanwhile: the next tile's x */
-    int64_t ahead_bytes;
 } Step;
 
 static void step_range(void *arg, int64_t i, int worker)
@@ -105,8 +103,6 @@ static void step_range(void *arg, int64_t i, int worker)
     const int64_t all = is_tall(l) ? block_rows(l) : l->out;
     const int64_t begin = i * s->range, end = min64(all, begin + s->range);
     (void)worker;
-    for (int64_t at = s->ahead_bytes * begin / all; at < s->ahead_bytes * end / all; at += 64)
-        __builtin_prefetch(s->ahead + at, 0, 2);
     if (is_tall(l))
         (l->R % 16 ? s->kernels->tall8 : s->kernels->tall16)(l, begin, end, s->x, s->ldx, s->y,
                                                              s->ldy, s->rows);
@@ -114,6 +110,15 @@ static void step_range(void *arg, int64_t i, int worker)
         s->kernels->single(l, begin, end, s->x, s->y);
     else
         s->kernels->wide(l, begin, end, s->x, s->y, s->lanes);
+}
+
+/* Brings x (rows, in) into cache. Tall blocks read it in no order, in which memory is slow; a load of
+   each line in order is fast, and faster than prefetches. */
+static void touch(const float *x, int64_t ldx, int64_t rows, int64_t in)
+{
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t k = 0; k < in; k += 16)
+            (void)*(const volatile float *)(x + m * ldx + k);
 }
 
 /* Rows i * tile .. of the batch through all layers. Activations stay in the two scratch buffers, as
@@ -140,15 +145,12 @@ static void forward_tile(void *arg, int64_t i, int worker)
             x = buffer, ldx = l->in, buffer = other, other = (float *)x;
             transposed = wide;
         }
-        const int64_t all = is_tall(l) ? block_rows(l) : l->out, next = begin + rows;
+        const int64_t all = is_tall(l) ? block_rows(l) : l->out;
         Step step = {.kernels = k, .layer = l, .x = x, .ldx = ldx, .ldy = l->out, .rows = rows,
                      .lanes = lanes, .range = ceil_div(all, f->threads > 1 ? 4 * f->threads : 1)};
         step.y = last && !wide ? y : buffer;
-        if (j == 0 && is_tall(l) && next < f->batch) { /* the blocks read x in no order */
-            step.range = 1;
-            step.ahead = (const char *)(f->x + next * f->ldx);
-            step.ahead_bytes = min64(f->tile, f->batch - next) * f->ldx * sizeof(float);
-        }
+        if (j == 0 && is_tall(l))
+            touch(x, ldx, rows, l->in);
         parallel_for(f->threads, ceil_div(all, step.range), step_range, &step);
         x = step.y, ldx = l->out, buffer = other, other = (float *)x;
     }
