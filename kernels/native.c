@@ -72,8 +72,17 @@ static float *allocate(int64_t floats)
     return aligned_alloc(64, (floats / 16 + 1) * 64);
 }
 
+static int64_t lanes_for(const Kernels *k, int64_t rows)
+{
+    const int64_t L = k->lanes;
+    return rows <= L ? L : rows <= 2 * L ? 2 * L : 4 * L;
+}
+
 /* A thread is worth starting for this many multiply-adds, some ten microseconds. */
 enum { WORTH_A_THREAD = 1 << 19 };
+
+/* Batch rows that pass through tall layers together: four register tiles of the largest. */
+enum { TALL_TILE = 56 };
 
 typedef struct {
     const Kernels *kernels;
@@ -112,8 +121,8 @@ static void step_range(void *arg, int64_t i, int worker)
         s->kernels->wide(l, begin, end, s->x, s->y, s->lanes);
 }
 
-/* Brings x (rows, in) into cache. Tall blocks read it in no order, in which memory is slow; a load of
-   each line in order is fast, and faster than prefetches. */
+/* Brings x (rows, in) into cache. Tall blocks read it in no order, in which memory is slow; a load
+   of each line in order is fast, and faster than prefetches. */
 static void touch(const float *x, int64_t ldx, int64_t rows, int64_t in)
 {
     for (int64_t m = 0; m < rows; m++)
@@ -128,7 +137,7 @@ static void forward_tile(void *arg, int64_t i, int worker)
     const Forward *f = arg;
     const Kernels *k = f->kernels;
     const int64_t begin = i * f->tile, rows = min64(f->tile, f->batch - begin);
-    const int64_t lanes = rows <= k->lanes ? k->lanes : rows <= 2 * k->lanes ? 2 * k->lanes : 4 * k->lanes;
+    const int64_t lanes = lanes_for(k, rows);
     float *buffer = f->scratch + 2 * f->part * worker, *other = buffer + f->part;
     float *y = f->y + begin * f->layers[f->n - 1].out;
     const float *x = f->x + begin * f->ldx;
@@ -169,13 +178,12 @@ static int forward(const Kernels *k, const Layer *layers, int n, const float *x,
         widest = max64(widest, layers[j].out);
         any_wide |= !is_tall(&layers[j]);
     }
-    const int64_t L = k->lanes;
-    const int64_t tile = !any_wide ? 56 : batch <= L ? L : batch <= 2 * L ? 2 * L : 4 * L;
+    const int64_t tile = any_wide ? lanes_for(k, batch) : min64(TALL_TILE, batch);
     const int64_t tiles = ceil_div(batch, tile);
     threads = (int)max64(1, min64(threads, work / WORTH_A_THREAD));
     const int across = tiles >= threads ? threads : 1; /* threads over tiles, or over outputs */
-    Forward f = {k, layers, n, threads / across, x, y, ldx, batch, tile, widest * (any_wide ? tile : min64(tile, batch)), NULL};
-    f.part = ceil_div(f.part, 16) * 16;
+    Forward f = {k, layers, n, threads / across, x, y, ldx, batch, tile, 0, NULL};
+    f.part = ceil_div(widest * tile, 16) * 16;
     f.scratch = allocate(across * 2 * f.part);
     if (!f.scratch)
         return -1;
@@ -184,8 +192,8 @@ static int forward(const Kernels *k, const Layer *layers, int n, const float *x,
     return 0;
 }
 
-/* grad (batch, out), values (nnz, C, R) -> dx (batch, in): the forward pass of the transposed weight,
-   whose blocks are copied in its order. slots, ccol, rows: of Pattern. */
+/* grad (batch, out), values (nnz, C, R) -> dx (batch, in): the forward pass of the transposed
+   weight, whose blocks are copied in its order. slots, ccol, rows: of Pattern. */
 typedef struct {
     const Kernels *kernels;
     const float *values;
@@ -225,8 +233,8 @@ static int grad_input(const Kernels *k, const Layer *transposed, const int32_t *
     return failed;
 }
 
-/* The weight gradient. Wide blocks: a panel of the batch is transposed, then its dot products taken,
-   and the panels are added up in order. */
+/* The weight gradient. Wide blocks: a panel of the batch is transposed, then its dot products
+   taken, and the panels are added up in order. */
 typedef struct {
     const Kernels *kernels;
     Gradient g;
@@ -317,7 +325,8 @@ static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t na
     }
     int failed;
     Py_BEGIN_ALLOW_THREADS;
-    failed = forward(usable[a[0]], layers, (int)n, (float *)a[2], a[3], (float *)a[4], a[5], (int)a[1]);
+    failed = forward(usable[a[0]], layers, (int)n, (float *)a[2], a[3], (float *)a[4], a[5],
+                     (int)a[1]);
     Py_END_ALLOW_THREADS;
     if (failed)
         return PyErr_NoMemory();
@@ -380,7 +389,8 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_native", .m_size = -1, .m_methods = methods};
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, .m_name = "_native", .m_size = -1, .m_methods = methods};
 
 PyMODINIT_FUNC PyInit__native(void)
 {
