@@ -78,7 +78,8 @@ INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int
 INLINE void NAME(tall_rows)(const int width, const Layer *l, int64_t begin, int64_t end,
                             const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows)
 {
-    const int64_t groups = ceil_div(rows, ROWS * 16 / width);
+    const int most = ROWS * 16 / width;
+    const int64_t groups = ceil_div(rows, most);
     for (int64_t i = begin; i < end; i++)
         for (int64_t r0 = 0; r0 < l->R && i * l->R + r0 < l->out; r0 += width)
             for (int64_t g = 0; g < groups; g++) {
@@ -87,8 +88,8 @@ INLINE void NAME(tall_rows)(const int width, const Layer *l, int64_t begin, int6
                 float *ym = y + m * ldy;
 #define TILE(n)                                                                                    \
     case n:                                                                                        \
-        if (n <= ROWS * 16 / width)                                                                \
-            NAME(tall_tile)(n <= ROWS * 16 / width ? n : 1, width, l, i, r0, xm, ldx, ym, ldy);              \
+        if (n <= most)                                                                             \
+            NAME(tall_tile)(n <= most ? n : 1, width, l, i, r0, xm, ldx, ym, ldy);                 \
         break;
                 switch (size) {
                     TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9)
@@ -129,7 +130,8 @@ INLINE void NAME(wide_rows)(const int nv, const Layer *l, int64_t begin, int64_t
         acc[(j) * nv + v] += (weight) * LOAD(x + (input) * lanes + v * LANES);
         if (C == 1) {
             for (; n + chains <= last; n += chains)
-                UNROLL for (int j = 0; j < chains; j++) ADD(j, l->values[(n + j) * R + r], l->col[n + j])
+                UNROLL for (int j = 0; j < chains; j++)
+                    ADD(j, l->values[(n + j) * R + r], l->col[n + j])
             for (; n < last; n++)
                 ADD(0, l->values[n * R + r], l->col[n])
         } else {

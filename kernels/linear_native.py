@@ -1,6 +1,7 @@
 """The block-sparse linear layer on native CPU kernels, for float32, where they were built."""
 
 from contextvars import ContextVar
+from importlib import import_module
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -11,11 +12,10 @@ from torch import Tensor
 from .pattern import Pattern
 
 try:
-    from . import _native
+    _native = import_module("._native", __package__)
+    WHY_NOT = None
 except ImportError as error:
     _native, WHY_NOT = None, f"not built ({error})"
-else:
-    WHY_NOT = None
 
 INSTRUCTION_SETS = _native.INSTRUCTION_SETS if _native else ()  # of this machine, the best first
 instruction_set = ContextVar("instruction_set", default=0)  # an index into them

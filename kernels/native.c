@@ -72,8 +72,17 @@ static float *allocate(int64_t floats)
     return aligned_alloc(64, (floats / 16 + 1) * 64);
 }
 
+static int64_t lanes_for(const Kernels *k, int64_t rows)
+{
+    const int64_t L = k->lanes;
+    return rows <= L ? L : rows <= 2 * L ? 2 * L : 4 * L;
+}
+
 /* A thread is worth starting for this many multiply-adds, some ten microseconds. */
 enum { WORTH_A_THREAD = 1 << 19 };
+
+/* Batch rows that pass through tall layers together: four register tiles of the largest. */
+enum { TALL_TILE = 56 };
 
 typedef struct {
     const Kernels *kernels;
@@ -94,8 +103,6 @@ typedef struct {
     const float *x;
     float *y;
     int64_t ldx, ldy, rows, lanes, range;
-    const char *ahead; /* `ahead_bytes` to ask for meanwhile: the next tile's x */
-    int64_t ahead_bytes;
 } Step;
 
 static void step_range(void *arg, int64_t i, int worker)
@@ -105,8 +112,6 @@ static void step_range(void *arg, int64_t i, int worker)
     const int64_t all = is_tall(l) ? block_rows(l) : l->out;
     const int64_t begin = i * s->range, end = min64(all, begin + s->range);
     (void)worker;
-    for (int64_t at = s->ahead_bytes * begin / all; at < s->ahead_bytes * end / all; at += 64)
-        __builtin_prefetch(s->ahead + at, 0, 2);
     if (is_tall(l))
         (l->R % 16 ? s->kernels->tall8 : s->kernels->tall16)(l, begin, end, s->x, s->ldx, s->y,
                                                              s->ldy, s->rows);
@@ -116,6 +121,15 @@ static void step_range(void *arg, int64_t i, int worker)
         s->kernels->wide(l, begin, end, s->x, s->y, s->lanes);
 }
 
+/* Brings x (rows, in) into cache. Tall blocks read it in no order, in which memory is slow; a load
+   of each line in order is fast, and faster than prefetches. */
+static void touch(const float *x, int64_t ldx, int64_t rows, int64_t in)
+{
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t k = 0; k < in; k += 16)
+            (void)*(const volatile float *)(x + m * ldx + k);
+}
+
 /* Rows i * tile .. of the batch through all layers. Activations stay in the two scratch buffers, as
    rows or transposed as the next layer wants them. */
 static void forward_tile(void *arg, int64_t i, int worker)
@@ -123,7 +137,7 @@ static void forward_tile(void *arg, int64_t i, int worker)
     const Forward *f = arg;
     const Kernels *k = f->kernels;
     const int64_t begin = i * f->tile, rows = min64(f->tile, f->batch - begin);
-    const int64_t lanes = rows <= k->lanes ? k->lanes : rows <= 2 * k->lanes ? 2 * k->lanes : 4 * k->lanes;
+    const int64_t lanes = lanes_for(k, rows);
     float *buffer = f->scratch + 2 * f->part * worker, *other = buffer + f->part;
     float *y = f->y + begin * f->layers[f->n - 1].out;
     const float *x = f->x + begin * f->ldx;
@@ -140,15 +154,12 @@ static void forward_tile(void *arg, int64_t i, int worker)
             x = buffer, ldx = l->in, buffer = other, other = (float *)x;
             transposed = wide;
         }
-        const int64_t all = is_tall(l) ? block_rows(l) : l->out, next = begin + rows;
+        const int64_t all = is_tall(l) ? block_rows(l) : l->out;
         Step step = {.kernels = k, .layer = l, .x = x, .ldx = ldx, .ldy = l->out, .rows = rows,
                      .lanes = lanes, .range = ceil_div(all, f->threads > 1 ? 4 * f->threads : 1)};
         step.y = last && !wide ? y : buffer;
-        if (j == 0 && is_tall(l) && next < f->batch) { /* the blocks read x in no order */
-            step.range = 1;
-            step.ahead = (const char *)(f->x + next * f->ldx);
-            step.ahead_bytes = min64(f->tile, f->batch - next) * f->ldx * sizeof(float);
-        }
+        if (j == 0 && is_tall(l))
+            touch(x, ldx, rows, l->in);
         parallel_for(f->threads, ceil_div(all, step.range), step_range, &step);
         x = step.y, ldx = l->out, buffer = other, other = (float *)x;
     }
@@ -167,13 +178,12 @@ static int forward(const Kernels *k, const Layer *layers, int n, const float *x,
         widest = max64(widest, layers[j].out);
         any_wide |= !is_tall(&layers[j]);
     }
-    const int64_t L = k->lanes;
-    const int64_t tile = !any_wide ? 56 : batch <= L ? L : batch <= 2 * L ? 2 * L : 4 * L;
+    const int64_t tile = any_wide ? lanes_for(k, batch) : min64(TALL_TILE, batch);
     const int64_t tiles = ceil_div(batch, tile);
     threads = (int)max64(1, min64(threads, work / WORTH_A_THREAD));
     const int across = tiles >= threads ? threads : 1; /* threads over tiles, or over outputs */
-    Forward f = {k, layers, n, threads / across, x, y, ldx, batch, tile, widest * (any_wide ? tile : min64(tile, batch)), NULL};
-    f.part = ceil_div(f.part, 16) * 16;
+    Forward f = {k, layers, n, threads / across, x, y, ldx, batch, tile, 0, NULL};
+    f.part = ceil_div(widest * tile, 16) * 16;
     f.scratch = allocate(across * 2 * f.part);
     if (!f.scratch)
         return -1;
@@ -182,8 +192,8 @@ static int forward(const Kernels *k, const Layer *layers, int n, const float *x,
     return 0;
 }
 
-/* grad (batch, out), values (nnz, C, R) -> dx (batch, in): the forward pass of the transposed weight,
-   whose blocks are copied in its order. slots, ccol, rows: of Pattern. */
+/* grad (batch, out), values (nnz, C, R) -> dx (batch, in): the forward pass of the transposed
+   weight, whose blocks are copied in its order. slots, ccol, rows: of Pattern. */
 typedef struct {
     const Kernels *kernels;
     const float *values;
@@ -223,8 +233,8 @@ static int grad_input(const Kernels *k, const Layer *transposed, const int32_t *
     return failed;
 }
 
-/* The weight gradient. Wide blocks: a panel of the batch is transposed, then its dot products taken,
-   and the panels are added up in order. */
+/* The weight gradient. Wide blocks: a panel of the batch is transposed, then its dot products
+   taken, and the panels are added up in order. */
 typedef struct {
     const Kernels *kernels;
     Gradient g;
@@ -315,7 +325,8 @@ static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t na
     }
     int failed;
     Py_BEGIN_ALLOW_THREADS;
-    failed = forward(usable[a[0]], layers, (int)n, (float *)a[2], a[3], (float *)a[4], a[5], (int)a[1]);
+    failed = forward(usable[a[0]], layers, (int)n, (float *)a[2], a[3], (float *)a[4], a[5],
+                     (int)a[1]);
     Py_END_ALLOW_THREADS;
     if (failed)
         return PyErr_NoMemory();
@@ -378,7 +389,8 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_native", .m_size = -1, .m_methods = methods};
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, .m_name = "_native", .m_size = -1, .m_methods = methods};
 
 PyMODINIT_FUNC PyInit__native(void)
 {

@@ -25,12 +25,12 @@ INLINE void NAME(sddmm_tile)(const int inputs, const int width, const float *gra
         UNROLL for (int v = 0; v < V; v++) STORE(values + c * R + v * LANES, acc[c * V + v]);
 }
 
-/* Block row i of a layer of tall blocks: panel by panel of the batch, so that the rows of grad and x
-   that its blocks share stay in cache. Outputs beyond the last have zero gradients. */
+/* Block row i of a layer of tall blocks, a panel of the batch at a time, so that the rows of grad
+   and x that its blocks share stay in cache. Outputs beyond the last have zero gradients. */
 INLINE void NAME(sddmm_tall)(const int width, const Gradient *s, int64_t i)
 {
     enum { PANEL = 128 };
-    const int most = (int)min64(16, INPUTS * 16 / width);
+    const int most = INPUTS * 16 / width < 16 ? INPUTS * 16 / width : 16;
     const int64_t R = s->R, C = s->C;
     float edge[PANEL * 16];
     for (int64_t r0 = 0; r0 < R; r0 += width)
@@ -54,8 +54,9 @@ INLINE void NAME(sddmm_tall)(const int width, const Gradient *s, int64_t i)
                     const float *x = s->x + m * s->ldx + k + c;
 #define TILE(n)                                                                                    \
     case n:                                                                                        \
-        NAME(sddmm_tile)(n <= INPUTS * 16 / width ? n : 1, width, grad, ldg, x, s->ldx, rows,        \
-                         values + c * R, R, m == 0);                                               \
+        if (n <= most)                                                                             \
+            NAME(sddmm_tile)(n <= most ? n : 1, width, grad, ldg, x, s->ldx, rows,                 \
+                             values + c * R, R, m == 0);                                           \
         break;
                     switch (size) {
                         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9)
@@ -91,8 +92,8 @@ INLINE void NAME(flush)(vec *v, float **to, int count, int first)
         *to[a] = sum[a] + (first ? 0 : *to[a]);
 }
 
-/* Outputs begin .. end on a panel of nv vectors: grad (out, nv * LANES), x (in, nv * LANES). The dot
-   products are added up LANES at a time, by a transpose. */
+/* Outputs begin .. end on a panel of nv vectors: grad (out, nv * LANES), x (in, nv * LANES). The
+   dot products are added up LANES at a time, by a transpose. */
 INLINE void NAME(sddmm_wide_rows)(const int nv, const Gradient *s, int64_t begin, int64_t end,
                                   const float *grad, const float *x, int first)
 {
