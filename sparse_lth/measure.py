@@ -1,7 +1,9 @@
 """Dense against pruned on this machine: accuracy, latency, throughput, bytes."""
 
+import platform
+from importlib import metadata
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from timeit import Timer
 
 import safetensors.torch
@@ -14,19 +16,20 @@ from .ticket import Ticket, load_sparse
 from .training import evaluate
 
 
-def latencies(models: dict[str, nn.Module], x: Tensor, repeats: int = 7) -> dict[str, float]:
-    """Median seconds of one inference of each model on x.
+def latencies(models: dict[str, nn.Module], x: Tensor, turns: int = 101) -> dict[str, list[float]]:
+    """Seconds of one inference of each model on x, once for every turn.
 
-    The models take turns, so that a busy moment of the machine falls on all of them.
+    The models take turns, so that a busy moment of the machine falls on all of them, and the
+    turns are many and short, so that it spoils few.
     """
     timers = {name: Timer(lambda m=model: _run(m, x)) for name, model in models.items()}
     times = {name: [] for name in models}
     with torch.inference_mode():
-        runs = {name: max(3, timer.autorange()[0] // 4) for name, timer in timers.items()}  # 50 ms
-        for _ in range(repeats):
+        runs = {name: max(1, timer.autorange()[0] // 50) for name, timer in timers.items()}  # 4 ms
+        for _ in range(turns):
             for name, timer in timers.items():
                 times[name].append(timer.timeit(runs[name]) / runs[name])
-    return {name: median(values) for name, values in times.items()}
+    return times
 
 
 def _run(model: nn.Module, x: Tensor) -> None:
@@ -35,12 +38,41 @@ def _run(model: nn.Module, x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
+def summarise(ticket: Ticket, device: str) -> dict:
+    """What was found and where, as JSON: what every figure of a report stands beside.
+
+    -> {"device" by its name, "threads", "python", "torch", "triton" or None: versions,
+    "density", "layers": {"layer", "shape", "kept": weights}, "pixels": the first-layer weights
+    that each of the 28 x 28 inputs keeps, None behind a convolution}
+    """
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
+    first = next(iter(ticket.masks.values()))
+    pixels = first.sum(0).view(28, 28).tolist() if first.dim() == 2 else None
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "density": ticket.density,
+        "layers": [
+            {"layer": name, "shape": list(mask.shape), "kept": int(mask.sum())}
+            for name, mask in ticket.masks.items()
+        ],
+        "pixels": pixels,
+    }
+
+
 def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
     """The exported model, as a user loads it, against the dense network of the same shape.
 
-    -> {"device", "backend", "threads", "density" of the masks and "stored_density" of the file,
-    both over all weights, and "rows": {"measure", "unit", "dense", "pruned", "gain"}}; gain is how
-    many times better the pruned network is, below 1 where it is worse
+    -> `summarise`, "backend", "stored" weights in each of its layers, "stored_density" over all,
+    and "rows": {"measure", "unit", "dense", "pruned"}; "gain" is how many times better the pruned
+    network is, below 1 where it is worse; a row of speed has its "batch", and in "gain_range" the
+    20th and 80th percentile of the gain over the turns.
     """
     dense = ticket.dense_network().to(test.images.device)
     sparse = load_sparse(sparse_path).to(test.images.device)
@@ -54,32 +86,41 @@ def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
     ]
     for batch in (1, 64, 1024):
         images = test.images[:1].expand(batch, -1, -1, -1).contiguous()
-        seconds = latencies({"dense": dense, "pruned": sparse}, images)
+        times = latencies({"dense": dense, "pruned": sparse}, images)
+        seconds = {name: median(values) for name, values in times.items()}
         if batch == 1:
             row = {"measure": "latency, batch 1", "unit": "µs"}
             row |= {name: 1e6 * s for name, s in seconds.items()}
         else:
             row = {"measure": f"throughput, batch {batch}", "unit": "images/s"}
             row |= {name: batch / s for name, s in seconds.items()}
-        rows.append({**row, "gain": seconds["dense"] / seconds["pruned"]})
+        gains = [d / p for d, p in zip(times["dense"], times["pruned"], strict=True)]
+        low, *_, high = quantiles(gains, n=5)
+        gain = {"gain": seconds["dense"] / seconds["pruned"], "gain_range": [low, high]}
+        rows.append({**row, "batch": batch, **gain})
     sizes = len(safetensors.torch.save(dense.state_dict())), sparse_path.stat().st_size
     row = {"measure": "file size", "unit": "bytes", "dense": sizes[0], "pruned": sizes[1]}
     rows.append({**row, "gain": sizes[0] / sizes[1]})
-    return {
-        "device": torch.cuda.get_device_name() if test.images.is_cuda else "cpu",
-        "backend": "torch",
-        "threads": torch.get_num_threads(),
-        "density": ticket.density,
-        "stored_density": stored_density(sparse, ticket),
-        "rows": rows,
-    }
+    summary = summarise(ticket, test.images.device.type)
+    for layer in summary["layers"]:
+        layer["stored"] = _stored(sparse.get_submodule(layer["layer"]))
+    stored = sum(layer["stored"] for layer in summary["layers"])
+    stored_density = stored / sum(mask.numel() for mask in ticket.masks.values())
+    return {**summary, "backend": "torch", "stored_density": stored_density, "rows": rows}
 
 
-def stored_density(sparse: nn.Module, ticket: Ticket) -> float:
-    """Weights that the converted model stores / all weights, biases not counted."""
-    stored = total = 0
-    for name, mask in ticket.masks.items():
-        layer = sparse.get_submodule(name)
-        stored += mask.numel() * (layer.density if isinstance(layer, SparseLinear) else 1)
-        total += mask.numel()
-    return stored / total
+def _stored(layer: nn.Module) -> int:
+    """Weights in the file, biases and padding not counted."""
+    if isinstance(layer, SparseLinear):
+        return round(layer.density * layer.in_features * layer.out_features)
+    return layer.weight.numel()
+
+
+def _cpu_name() -> str:
+    """What the system calls the processor, or else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
