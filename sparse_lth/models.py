@@ -1,20 +1,21 @@
-"""LeNet-300-100 and LeNet-5 on (batch, 1, 28, 28) images, 10 classes."""
+"""LeNet-300-100, narrower ones, and LeNet-5 on (batch, 1, 28, 28) images, 10 classes."""
 
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import nn
 
 
-def _lenet_300_100() -> nn.Sequential:
+def _lenet_fc(width1: int, width2: int) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(
             flatten=nn.Flatten(),
-            fc1=nn.Linear(784, 300),
+            fc1=nn.Linear(784, width1),
             relu1=nn.ReLU(),
-            fc2=nn.Linear(300, 100),
+            fc2=nn.Linear(width1, width2),
             relu2=nn.ReLU(),
-            fc3=nn.Linear(100, 10),
+            fc3=nn.Linear(width2, 10),
         )
     )
 
@@ -38,7 +39,10 @@ def _lenet_5() -> nn.Sequential:
     )
 
 
-MODELS = {"lenet-300-100": _lenet_300_100, "lenet-5": _lenet_5}
+NARROW = {  # what pruning competes with: the same network, narrower
+    f"lenet-{3 * width}-{width}": partial(_lenet_fc, 3 * width, width) for width in (50, 25, 10, 5)
+}
+MODELS = {"lenet-300-100": partial(_lenet_fc, 300, 100), "lenet-5": _lenet_5, **NARROW}
 
 
 def build(name: str) -> nn.Sequential:

@@ -1,0 +1,174 @@
+"""Recreate the paper's experiments on LeNet-300-100, and draw them beside its claims."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+
+from . import results
+from .chains import Chain, Plan, chain_path, grid, is_measured, ticket_path
+from .config import DATASETS
+from .data import DataError, load
+from .engine import EngineError, run_pool, run_ray
+from .files import write
+from .lottery import State
+from .measure import latencies, summarise
+from .models import NARROW, build, initialise
+from .page import write_page
+from .ticket import Ticket, TicketError
+from .training import TrainingError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0 done, 1 failed, 2 wrong flags."""
+    parser = build_parser()
+    flags = parser.parse_args(argv)
+    try:
+        if flags.command == "paper":
+            paper(flags)
+        trainings = results.read(flags.results / "results.csv")
+        print(f"page: {write_page(trainings, flags.results)}")
+        return 0
+    except results.ResultsError as error:
+        parser.error(str(error))
+    except (DataError, EngineError, TicketError, TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def paper(flags: argparse.Namespace) -> None:
+    """Runs what the results folder lacks, and leaves results.csv there."""
+    folder = flags.results
+    plan = (Plan.full if flags.full else Plan)(device=flags.device, data_dir=flags.data_dir)
+    if flags.iterations:
+        plan = replace(plan, iterations=flags.iterations)
+    data = load(flags.dataset, plan.data_dir, "cpu", notify=print)
+    plan = replace(plan, dataset=data.name)
+    for name in ("chains", "tickets"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    remember(plan, folder / "plan.json")
+    plan = replace(plan, curves=find_spec("tensorboard") is not None)
+    if not plan.curves:
+        print("no TensorBoard curves: pip install tensorboard to have them")
+    chains = grid(plan, flags.replicates)
+    print(f"{len(chains)} chains of {plan.iterations} iterations a round in {folder}", flush=True)
+    if flags.ray:
+        run_ray(plan, chains, folder, flags.workers, flags.ray)
+    else:
+        run_pool(plan, chains, folder, flags.workers)
+    rows = collect(chains, folder)
+    results.write(rows, folder / "results.csv")
+    print("measuring the tickets' latency", flush=True)
+    measured = measure(chains, folder, data.test.images[:1])
+    for row in rows:
+        if row["replicate"] == 0 and row["iteration"] == plan.iterations:
+            row |= measured.get((row["method"], row["model"], row["blocksize"], row["round"]), {})
+    results.write(rows, folder / "results.csv")
+
+
+def remember(plan: Plan, path: Path) -> None:
+    """Writes the plan, or raises ResultsError where the folder holds the results of another."""
+    settings = asdict(plan)
+    del settings["data_dir"], settings["curves"]
+    text = json.dumps(settings, indent=1)
+    if path.exists() and path.read_text() != text:
+        raise results.ResultsError(
+            f"--results: expected a folder whose plan is {json.dumps(settings)}, "
+            f"got {path.parent} with {json.dumps(json.loads(path.read_text()))}"
+        )
+    write(path, text)
+
+
+def collect(chains: Sequence[Chain], folder: Path) -> list[dict]:
+    """The rows of all chains, in the order of the chains."""
+    return [row for chain in chains for row in State.load(chain_path(folder, chain)).history]
+
+
+def measure(chains: Sequence[Chain], folder: Path, image: torch.Tensor) -> dict[tuple, dict]:
+    """The speed of the kept tickets as block-sparse layers and of the dense networks, one thread.
+
+    image: (1, 1, 28, 28) -> results.SPEED by (method, model, blocksize, round), once for a folder
+    """
+    path = folder / "latency.json"
+    if path.exists():
+        return {tuple(key): speed for key, speed in json.loads(path.read_text())}
+    torch.set_num_threads(1)
+    networks, dense = {}, None
+    for chain in chains:
+        for level in (0, *chain.levels) if is_measured(chain) else ():
+            ticket = Ticket.load(ticket_path(folder, chain, level))
+            key = (chain.method, chain.model, "x".join(map(str, chain.blocksize)), level)
+            dense = dense or (ticket, key)
+            networks[key] = ticket.sparse_network(chain.blocksize)
+    for name in NARROW:
+        network = build(name)
+        network.load_state_dict(initialise(network, torch.Generator()), assign=True)
+        networks["dense", name, "1x1", 0] = network.eval()
+    times = latencies(networks, image)
+    ticket, key = dense
+    machine, reference = summarise(ticket, "cpu"), median(times[key])
+    measured = {}
+    for key, seconds in times.items():
+        low, *_, high = quantiles(seconds, n=5)
+        values = (median(seconds) * 1e6, low * 1e6, high * 1e6, reference / median(seconds))
+        measured[key] = dict(
+            zip(results.SPEED, (*values, machine["device"], machine["threads"]), strict=True)
+        )
+    write(path, json.dumps([[list(key), speed] for key, speed in measured.items()], indent=1))
+    return measured
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sparse_lth.experiments", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser(
+        "paper", help="train what the results folder lacks, measure, and draw"
+    ).add_argument
+    add("--full", action="store_true", help="the paper's 50,000 iterations and every round")
+    add("--iterations", type=_positive, help="of each round (default: 5000, with --full 50000)")
+    add("--replicates", type=_positive, default=3, help="seeds from 0 on (default: 3)")
+    add(
+        "--results",
+        type=Path,
+        default=Path("runs/paper"),
+        help="folder to begin in, or to go on in (default: runs/paper)",
+    )
+    add(
+        "--workers",
+        type=_positive,
+        default=os.cpu_count(),
+        help="processes of one thread each (default: one for each processor)",
+    )
+    add("--ray", metavar="ADDRESS", help="run on this Ray cluster; local: on one started here")
+    add(
+        "--dataset",
+        default="mnist",
+        choices=DATASETS,
+        help="auto: scikit-learn's digits where MNIST cannot be had (default: mnist)",
+    )
+    add(
+        "--data_dir",
+        default=os.environ.get("SPARSE_LTH_DATA", Plan.data_dir),
+        help="torchvision's root; $SPARSE_LTH_DATA gives another default",
+    )
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="of the training (default: cpu)")
+    plot = commands.add_parser("plot", help="draw the figures and the page again, without training")
+    plot.add_argument("results", type=Path, help="a folder that holds results.csv")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
