@@ -9,10 +9,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from sparse_lth.kernels import Chain, ChainLayer, linear_native
 from torch import nn
 
 from sparse_lth import SparseLinear, kernels
+from sparse_lth.kernels import Chain, ChainLayer, linear_native
 
 BATCHES = [1, 16, 128, 1024, 8192]
 ROUND_SECONDS = 4e-3  # of dense calls; a round takes as many calls as fit
