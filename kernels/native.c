@@ -78,8 +78,8 @@ static int64_t lanes_for(const Kernels *k, int64_t rows)
     return rows <= L ? L : rows <= 2 * L ? 2 * L : 4 * L;
 }
 
-/* A thread is worth starting for this many multiply-adds, some ten microseconds. */
-enum { WORTH_A_THREAD = 1 << 19 };
+/* A thread is worth starting for this many multiply-adds, 5 to 10 us. */
+enum { WORTH_A_THREAD = 1 << 18 };
 
 /* Batch rows that pass through tall layers together: four register tiles of the largest. */
 enum { TALL_TILE = 56 };
