@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_lth import SparseLinear, kernels
-from sparse_lth.kernels import Chain, ChainLayer, linear_native
+from sparse_lth import SparseLinear, SparseSequential, kernels
+from sparse_lth.kernels import linear_native
 
 BATCHES = [1, 16, 128, 1024, 8192]
 ROUND_SECONDS = 4e-3  # of dense calls; a round takes as many calls as fit
@@ -28,15 +28,15 @@ needs_native = pytest.mark.skipif(
 )
 
 
+def seconds(function, calls):
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
 def compare(benchmark, run, dense, **context):
     """A row for run(), timed in turn with dense(); context goes to extra_info."""
-
-    def seconds(function, calls):
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        return (time.perf_counter() - start) / calls
-
     seconds(dense, 1)
     calls = max(1, int(ROUND_SECONDS / seconds(dense, 3)))
     ours, theirs = [], []
@@ -70,20 +70,6 @@ def ticket_layers(density, blocksize):
     return layers
 
 
-def chain_of(layers):
-    steps = []
-    for layer in layers:
-        sparse = isinstance(layer, SparseLinear)
-        tensors = (
-            (layer.values, layer.pattern, layer.bias)
-            if sparse
-            else (layer.weight, None, layer.bias)
-        )
-        activation = layer.activation if sparse else "none"
-        steps.append(ChainLayer(*tensors, layer.in_features, layer.out_features, activation))
-    return Chain(steps)
-
-
 def weights_of(layers):
     """[(weight, bias)] as dense tensors"""
     dense = [x.to_dense() if isinstance(x, SparseLinear) else x for x in layers]
@@ -93,17 +79,14 @@ def weights_of(layers):
 @needs_native
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("ticket", TICKETS)
-def test_lenet_chain(benchmark, ticket, batch):
+def test_lenet(benchmark, ticket, batch):
     density, blocksize = TICKETS[ticket]
-    chain, dense, x = (
-        chain_of(ticket_layers(density, blocksize)),
-        dense_lenet(),
-        torch.rand(batch, 784),
-    )
+    network = SparseSequential(*ticket_layers(density, blocksize))
+    dense, x = dense_lenet(), torch.rand(batch, 784)
     with torch.inference_mode():
         compare(
             benchmark,
-            lambda: chain(x),
+            lambda: network(x),
             lambda: dense(x),
             backend="native",
             shape=[batch, *LENET],
@@ -154,8 +137,10 @@ def openvino_lenet(batch, tmp_path, precision):
     return lambda: request.infer({0: x}, share_inputs=True, share_outputs=True)
 
 
-def bfloat16_lenet(batch, tmp_path):
-    dense, x = dense_lenet().bfloat16(), torch.rand(batch, 784).bfloat16()
+def torch_lenet(batch, tmp_path, dtype, compiled=False):
+    dense, x = dense_lenet().to(dtype), torch.rand(batch, 784, dtype=dtype)
+    if compiled:
+        dense = torch.compile(dense)
     return lambda: dense(x)
 
 
@@ -188,7 +173,9 @@ def scipy_lenet(batch, tmp_path):
 
 
 PEERS = {  # run, dtype, density
-    "torch": (bfloat16_lenet, "bfloat16", 1.0),
+    "torch bf16": (lambda *a: torch_lenet(*a, torch.bfloat16), "bfloat16", 1.0),
+    "torch compiled": (lambda *a: torch_lenet(*a, torch.float32, True), "float32", 1.0),
+    "torch bf16 compiled": (lambda *a: torch_lenet(*a, torch.bfloat16, True), "bfloat16", 1.0),
     "torch csr": (csr_lenet, "float32", 0.1),
     "scipy csr": (scipy_lenet, "float32", 0.1),
     "onnxruntime": (onnxruntime_lenet, "float32", 1.0),
@@ -268,3 +255,49 @@ def test_training_step(benchmark, network, blocksize, backend):
             density=0.1,
             blocksize=blocksize,
         )
+
+
+@needs_native
+@pytest.mark.parametrize("blocksize", [(1, 1), (4, 4), (8, 8), (16, 16)])
+@pytest.mark.parametrize("step", ["forward", "training"])
+def test_crossover(benchmark, step, blocksize):
+    """The density where a 1024 x 1024 layer costs what the dense one does, at batch 128."""
+    x = torch.rand(128, 1024)
+
+    def call(layer):
+        if step == "training":
+            return training_step([layer], x)
+
+        def forward():
+            with torch.inference_mode():
+                layer(x)
+
+        return forward
+
+    dense, crossover, before = call(nn.Linear(1024, 1024)), 1.0, None
+    for density in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        sparse = call(SparseLinear(1024, 1024, True, blocksize, density))
+        ratio = relative_time(sparse, dense)
+        if ratio >= 1:
+            crossover = density
+            if before is not None:  # between the two, times are about linear in the density
+                crossover -= 0.1 * (ratio - 1) / (ratio - before)
+            break
+        before = ratio
+    benchmark.pedantic(sparse)
+    benchmark.extra_info.update(
+        device=f"cpu, {torch.get_num_threads()} threads",
+        dtype="float32",
+        shape=[128, 1024, 1024],
+        blocksize=blocksize,
+        backend="native",
+        step=step,
+        crossover=crossover,
+    )
+
+
+def relative_time(run, dense):
+    """Median of run's times over dense's, the two in turn."""
+    times = torch.tensor([(seconds(run, 3), seconds(dense, 3)) for _ in range(ROUNDS)][3:])
+    ours, theirs = times.median(0).values.tolist()
+    return ours / theirs
