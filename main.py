@@ -13,14 +13,14 @@ from rich.console import Console
 
 from sparse_lth.config import DATASETS, SCOPES, TRAIN_SPARSE, RunConfig
 from sparse_lth.data import DataError, load
-from sparse_lth.files import write
+from sparse_lth.files import FormatError, write
 from sparse_lth.lottery import State, search
 from sparse_lth.measure import compare, summarise
 from sparse_lth.models import MODELS
 from sparse_lth.progress import describe as describe_epoch
 from sparse_lth.progress import watch, write_metrics
 from sparse_lth.report import print_tables, write_page
-from sparse_lth.ticket import Ticket, TicketError, save_sparse
+from sparse_lth.ticket import Ticket, save_sparse
 from sparse_lth.training import TrainingError
 
 console = Console()
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    except (DataError, TicketError, TrainingError, OSError) as error:
+    except (DataError, FormatError, TrainingError, OSError) as error:
         message, status = error, 1
     print(f"error: {message}", file=sys.stderr)
     if (run_dir / "config.json").exists():

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 from .config import RunConfig, steps
 from .data import Dataset, batches
-from .files import add_prefix, load_tensors, save_tensors, split_prefix
+from .files import FormatError, add_prefix, load_tensors, save_tensors, split_prefix
 from .kernels import backend
 from .layers import sparsify_
 from .masks import density, magnitude_masks
@@ -60,10 +60,14 @@ class State:
 
     @classmethod
     def load(cls, path: str | Path) -> "State":
+        """Raises FormatError unless the file holds a state."""
         tensors, about = load_tensors(path, "state")
         groups = {n: split_prefix(tensors, n) for n in ("init", "masks", "weights", "optimizer")}
-        about["history"] = tuple(about["history"])
-        return cls(**about, **groups, generator=tensors["generator"])
+        try:
+            about["history"] = tuple(about["history"])
+            return cls(**about, **groups, generator=tensors["generator"])
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"{path}: expected the state of a search, got {error!r}") from error
 
 
 def search(config: RunConfig, data: Dataset, state: State | None = None) -> Iterator[State]:

@@ -36,7 +36,7 @@ def watch(
     state = start
 
     def doing() -> str:
-        return f"round {min(len(state.history) // config.epochs, config.prune_rounds)}"
+        return f"round {min(len(state.history) // config.epochs, config.rounds)}"
 
     # an epoch may take minutes, and the time left is judged from those of the last hour
     progress = Progress(

@@ -10,15 +10,15 @@ from torch.nn.utils import prune
 
 from . import masks as masking
 from .config import RunConfig
-from .files import add_prefix, load_tensors, save_tensors, split_prefix
+from .files import FormatError, add_prefix, load_tensors, save_tensors, split_prefix
 from .layers import SparseLinear, sparsify_
 from .lottery import State, masked_model
 from .models import MODELS, build, weight_layers
 from .sequential import SparseSequential
 
 
-class TicketError(ValueError):
-    """A file does not hold what it should; the message names the file and what is wrong."""
+class TicketError(FormatError):
+    """A file holds no whole ticket, or no whole model; the message says what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _make_permanent(network: nn.Module) -> nn.Module:
 def _load(path: str | Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
     try:
         tensors, about = load_tensors(path, kind)
-    except (OSError, ValueError) as error:
+    except (OSError, FormatError) as error:
         raise TicketError(str(error)) from error
     for key in keys:
         if key not in about:
