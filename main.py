@@ -14,6 +14,7 @@ from rich.console import Console
 from sparse_lth.config import DATASETS, SCOPES, TRAIN_SPARSE, RunConfig
 from sparse_lth.data import DataError, load
 from sparse_lth.files import FormatError, write
+from sparse_lth.kernels import backends
 from sparse_lth.lottery import State, search
 from sparse_lth.measure import compare, summarise
 from sparse_lth.models import MODELS
@@ -61,12 +62,14 @@ def run(config: RunConfig, run_dir: Path) -> None:
     saved = run_dir / "state.safetensors"
     start = State.load(saved) if saved.exists() else State.start(config)
     if start.history:
-        console.print(f"going on after {describe_epoch(start.history[-1])}", highlight=False)
+        say(f"going on after {describe_epoch(start.history[-1])}")
     state = watch(search(config, data, start), config, start, run_dir, console)
 
     ticket = Ticket.from_state(config, state)
     ticket.save(run_dir / "ticket.safetensors")
     if config.export_blocksize:
+        if config.device == "cpu" and not backends()["native"].startswith("available"):
+            say(f"sparse layers run on torch, more slowly: native kernels {backends()['native']}")
         path = run_dir / "sparse_model.safetensors"
         save_sparse(path, ticket.sparse_network(config.export_blocksize), ticket)
         summary = compare(ticket, path, data.test)
