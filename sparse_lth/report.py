@@ -95,7 +95,8 @@ def headline(summary: dict) -> str:
 def context(ticket: Ticket, summary: dict) -> str:
     """Where the figures are from."""
     backend = f", {summary['backend']} backend" if "backend" in summary else ""
-    return f"{summary['device']}, {summary['threads']} threads{backend}, {ticket.dataset}"
+    threads = f"{summary['threads']} thread{'s' if summary['threads'] > 1 else ''}"
+    return f"{summary['device']}, {threads}{backend}, {ticket.dataset}"
 
 
 def growth(summary: dict) -> str:
