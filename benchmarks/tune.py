@@ -112,10 +112,9 @@ def main() -> None:
     for blocksize, dtype, batch, density in itertools.product(
         args.blocksizes, args.dtypes, args.batches, args.densities
     ):
-        dtype = getattr(torch, dtype)
-        weight = gpu.sparse_weight(*args.shape, density, blocksize, dtype)
-        x, grad = (torch.randn(batch, n, device="cuda", dtype=dtype) for n in args.shape[::-1])
-        problem = Problem(gpu.ours(weight, blocksize).requires_grad_(False), x, grad)
+        weight = gpu.weight_of(args.shape, dtype, blocksize, density)
+        x, grad = (torch.randn(batch, n).to(weight) for n in args.shape[::-1])
+        problem = Problem(gpu.ours(weight, blocksize), x, grad)
         for op in ("linear", "grad_input", "sddmm"):
             key = problem.case(op).key()
             table[key] = best(problem, op, table)
