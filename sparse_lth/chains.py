@@ -38,7 +38,7 @@ class Plan:
     levels: tuple[int, ...] = (1, 3, 5, 7, 9, 11, 13, 15)
     few_levels: tuple[int, ...] = (3, 7, 11, 15)
     every: int = 100
-    test_every: int = 500
+    test_every: int = 250
     rewind_step: str = "500it"
     dataset: str = "mnist"
     data_dir: str = "data"
@@ -49,7 +49,7 @@ class Plan:
     def full(cls, **settings) -> "Plan":
         """The paper's protocol."""
         every_round = tuple(range(1, LAST + 1))
-        return cls(50_000, every_round, every_round, **settings)
+        return cls(50_000, every_round, every_round, test_every=500, **settings)
 
 
 @dataclass(frozen=True)

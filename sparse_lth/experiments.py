@@ -48,7 +48,8 @@ def paper(flags: argparse.Namespace) -> None:
     folder = flags.results
     plan = (Plan.full if flags.full else Plan)(device=flags.device, data_dir=flags.data_dir)
     if flags.iterations:
-        plan = replace(plan, iterations=flags.iterations)
+        late = f"{min(500, flags.iterations // 10)}it"
+        plan = replace(plan, iterations=flags.iterations, rewind_step=late)
     data = load(flags.dataset, plan.data_dir, "cpu", notify=print)
     plan = replace(plan, dataset=data.name)
     for name in ("chains", "tickets"):
@@ -155,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--data_dir",
-        default=os.environ.get("SPARSE_LTH_DATA", Plan.data_dir),
+        default=os.environ.get("SPARSE_LTH_DATA", "data"),
         help="torchvision's root; $SPARSE_LTH_DATA gives another default",
     )
     add("--device", default="cpu", choices=("cpu", "cuda"), help="of the training (default: cpu)")

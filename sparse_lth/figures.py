@@ -8,9 +8,9 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .results import Training, early_stop, select
+from .results import ResultsError, Training, early_stop, select
 
 COLOURS = {  # Okabe and Ito's: distinct to the colour-blind too
     "winning ticket": "#0072b2",
@@ -73,8 +73,7 @@ def curves(trainings: list[Training]) -> Figure:
         _curve(right, network, method, COLOURS[method])
     for axes, title in ((left, "winning tickets"), (right, "at 21.1 %")):
         _label(axes, title, "iteration", "test accuracy (%)")
-        top = max(line.get_ydata().max() for line in axes.get_lines())
-        axes.set_ylim(top - 4, top + 0.4)
+        _from_top(axes, 4)
     return figure
 
 
@@ -137,6 +136,7 @@ def latency(trainings: list[Training]) -> Figure:
     _against_latency(axes, dense_networks(trainings), "dense, narrower", COLOURS["dense"])
     axes.set_xscale("log")
     _plain(axes.xaxis)
+    _from_top(axes, 6)
     _label(axes, "", "latency at batch 1 (µs, log scale)", "test accuracy at early stop (%)")
     return figure
 
@@ -147,7 +147,9 @@ def dense_networks(trainings: list[Training]) -> list[list[Training]]:
 
 
 def nearest(networks: list[list[Training]], density: float) -> list[Training]:
-    """The network whose density is nearest to this."""
+    """The network whose density is nearest to this; ResultsError where there is none."""
+    if not networks:
+        raise ResultsError("expected results of the whole grid, got none of a network to be drawn")
     return min(networks, key=lambda network: abs(network[0][0]["density"] - density))
 
 
@@ -176,7 +178,7 @@ def _against_density(
     _bars(axes, x, networks, measure, label, COLOURS[label])
     axes.set_xscale("log")
     _plain(axes.xaxis)
-    axes.set_xlim(120, min([*x, 3]) * 0.85)
+    axes.set_xlim(120, 3)
 
 
 def _against_latency(axes: Axes, networks: list[list[Training]], label: str, colour: str) -> None:
@@ -201,8 +203,16 @@ def _bars(
     axes.errorbar(x, y, errors, color=colour, label=label, marker="o", markersize=4, capsize=2)
 
 
+def _from_top(axes: Axes, points: float) -> None:
+    """Shows so many points of accuracy: below are networks that have hardly learned."""
+    top = max(max(line.get_ydata()) for line in axes.get_lines())
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, top - points), min(high, top + points / 10))
+
+
 def _plain(axis) -> None:
     """Numbers as they are said, on a log axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -76,9 +76,10 @@ def write_page(trainings: list[Training], folder: Path) -> Path:
             f"<h2>{escape(title)}</h2>\n"
             f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{source}">\n{table}'
         )
-    counts = [f"{sum(c.verdict == v for c in claims)} {v}" for v in TONES]
+    held, failed, noise = (sum(claim.verdict == v for claim in claims) for v in TONES)
     page = PAGE.substitute(
-        headline=f"Of {len(claims)} claims, {', '.join(counts)}.",
+        headline=f"Of {len(claims)} claims {held} hold, {failed} do not, "
+        f"and in {noise} the difference is within noise.",
         context=escape(_context(trainings)),
         sections="\n".join(sections),
     )

@@ -39,6 +39,8 @@ def read(path: Path) -> list[Training]:
             for row in csv.DictReader(file):
                 row = {name: _value(name, text) for name, text in row.items()}
                 trainings[tuple(row[name] for name in _NETWORK)].append(row)
+        if not trainings:
+            raise ValueError("it has no rows")
         return [sorted(rows, key=lambda row: row["iteration"]) for rows in trainings.values()]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ResultsError(f"expected a results file, got {path}: {error}") from error
