@@ -27,7 +27,7 @@ from .training import TrainingError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 done, 1 failed, 2 wrong flags."""
+    """The exit status: 0 done, 1 failed, 2 wrong flags, 130 interrupted."""
     parser = build_parser()
     flags = parser.parse_args(argv)
     try:
@@ -41,12 +41,16 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, EngineError, TicketError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
 
 
 def paper(flags: argparse.Namespace) -> None:
     """Runs what the results folder lacks, and leaves results.csv there."""
-    folder = flags.results
-    plan = (Plan.full if flags.full else Plan)(device=flags.device, data_dir=flags.data_dir)
+    folder = flags.results.resolve()  # workers elsewhere have working folders of their own
+    data_dir = str(Path(flags.data_dir).expanduser().resolve())
+    plan = (Plan.full if flags.full else Plan)(device=flags.device, data_dir=data_dir)
     if flags.iterations:
         late = f"{min(500, flags.iterations // 10)}it"
         plan = replace(plan, iterations=flags.iterations, rewind_step=late)
