@@ -11,19 +11,20 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from sparse_lth.config import DATASETS, SCOPES, RunConfig
+from sparse_lth.config import DATASETS, SCOPES, TRAIN_SPARSE, RunConfig
 from sparse_lth.data import DataError, load
-from sparse_lth.files import write
+from sparse_lth.files import FormatError, write
+from sparse_lth.kernels import backends
 from sparse_lth.lottery import State, search
-from sparse_lth.measure import compare
+from sparse_lth.measure import compare, summarise
 from sparse_lth.models import MODELS
 from sparse_lth.progress import describe as describe_epoch
 from sparse_lth.progress import watch, write_metrics
 from sparse_lth.report import print_tables, write_page
-from sparse_lth.ticket import Ticket, TicketError, save_sparse
+from sparse_lth.ticket import Ticket, save_sparse
 from sparse_lth.training import TrainingError
 
-console = Console(soft_wrap=True)
+console = Console()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    except (DataError, TicketError, TrainingError, OSError) as error:
+    except (DataError, FormatError, TrainingError, OSError) as error:
         message, status = error, 1
     print(f"error: {message}", file=sys.stderr)
     if (run_dir / "config.json").exists():
@@ -53,28 +54,36 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: RunConfig, run_dir: Path) -> None:
     """Search, ticket, export, measurement, report; goes on from the state in run_dir, if any."""
-    console.print(describe(config), highlight=False)
-    data = load(config.dataset, config.data_dir, config.device, notify=console.print)
+    say(describe(config))
+    data = load(config.dataset, config.data_dir, config.device, notify=say)
     config = replace(config, dataset=data.name)
     run_dir.mkdir(parents=True, exist_ok=True)
     write(run_dir / "config.json", json.dumps(asdict(config), indent=1))
     saved = run_dir / "state.safetensors"
     start = State.load(saved) if saved.exists() else State.start(config)
     if start.history:
-        console.print(f"going on after {describe_epoch(start.history[-1])}", highlight=False)
+        say(f"going on after {describe_epoch(start.history[-1])}")
     state = watch(search(config, data, start), config, start, run_dir, console)
 
     ticket = Ticket.from_state(config, state)
     ticket.save(run_dir / "ticket.safetensors")
-    comparison = None
     if config.export_blocksize:
+        if config.device == "cpu" and not backends()["native"].startswith("available"):
+            say(f"sparse layers run on torch, more slowly: native kernels {backends()['native']}")
         path = run_dir / "sparse_model.safetensors"
         save_sparse(path, ticket.sparse_network(config.export_blocksize), ticket)
-        comparison = compare(ticket, path, data.test)
-        write_metrics(run_dir, [*state.history, comparison])
-    write_page(run_dir / "report.html", ticket, comparison)
-    print_tables(console, ticket, comparison)
-    console.print(f"report: {run_dir / 'report.html'}", highlight=False)
+        summary = compare(ticket, path, data.test)
+    else:
+        summary = summarise(ticket, config.device)
+    write_metrics(run_dir, [*state.history, summary])
+    write_page(run_dir / "report.html", ticket, summary)
+    print_tables(console, ticket, summary)
+    say(f"report: {run_dir / 'report.html'}")
+
+
+def say(line: str) -> None:
+    """A line as it is: unwrapped, for pipes, and with no markup in it."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def new_config(flags: dict) -> RunConfig:
@@ -163,6 +172,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("rewind_step", "rewind to the weights at this step of round 0, as in 500it or 1ep")
     add("reinit", "control: start each round from newly drawn weights", action="store_true")
     add("one_shot", "prune in one round what prune_rounds rounds would", action="store_true")
+    add(
+        "train_sparse",
+        "train pruned layers block-sparse instead of under masks; auto: where that is faster",
+        choices=TRAIN_SPARSE,
+    )
     add("dataset", "auto: mnist where it can be had, else scikit-learn's digits", choices=DATASETS)
     add("data_dir", "torchvision's root; $SPARSE_LTH_DATA gives another default")
     add("seed", "seed of the weights and of the order of the batches", type=int)

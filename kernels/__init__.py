@@ -1,7 +1,7 @@
-"""Block-sparse linear algebra on plain tensors, and the one place that picks a backend.
+"""Block-sparse linear algebra on plain tensors.
 
 `linear` is what a layer calls. Each operation is a set of siblings: `linear_torch.py` defines it
-and runs anywhere; the others do the same faster where they can.
+and runs anywhere; the others do the same faster where they can, as `dispatch.py` decides.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,23 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
-from . import linear_torch, sddmm_torch
+from .dispatch import backend, backends, use_backend
+from .linear_native import Chain, ChainLayer
 from .pattern import Pattern
 
-__all__ = ["Pattern", "linear"]
+__all__ = [
+    "Chain",
+    "ChainLayer",
+    "Pattern",
+    "backend",
+    "backends",
+    "is_traced",
+    "linear",
+    "use_backend",
+]
 
 
 def linear(
@@ -27,11 +39,37 @@ def linear(
     """activation(x @ weight.T + bias), differentiable in x, values and bias.
 
     x: (batch, in_features); values: (nnz, C, R); bias: (out_features,); all of one floating dtype
-    and device; activation: "none", "relu" or "gelu" -> (batch, out_features)
+    and device, else ValueError; activation: "none", "relu" or "gelu" -> (batch, out_features)
     """
+    if x.dtype != values.dtype or x.device != values.device:
+        raise ValueError(
+            f"expected x in {values.dtype} on {values.device}, as the weight is, "
+            f"got {x.dtype} on {x.device}"
+        )
     if activation == "gelu" and torch.is_grad_enabled():  # its gradient needs what went in
-        return F.gelu(_linear(x, values, pattern, bias, out_features, "none"))
-    return _linear(x, values, pattern, bias, out_features, activation)
+        return F.gelu(linear(x, values, pattern, bias, out_features))
+    if is_traced(x):
+        call = _linear
+    elif torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, values, bias)
+    ):
+        call = _Linear.apply
+    else:
+        call = backend(x).linear
+    return call(x, values, pattern, bias, out_features, activation)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler, tracer, transform or mode wants to see an op. Eager code does without: a
+    registered op takes several us to call, and its autograd 100 us, more than a small layer."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 @torch.library.custom_op("sparse_lth::linear", mutates_args=())
@@ -43,19 +81,19 @@ def _linear(
     out_features: int,
     activation: str,
 ) -> Tensor:
-    return linear_torch.linear(x, values, Pattern(*pattern), bias, out_features, activation)
+    return backend(x).linear(x, values, Pattern(*pattern), bias, out_features, activation)
 
 
 @torch.library.custom_op("sparse_lth::linear_grad_input", mutates_args=())
 def _linear_grad_input(
     grad: Tensor, values: Tensor, pattern: Sequence[Tensor], in_features: int
 ) -> Tensor:
-    return linear_torch.linear_grad_input(grad, values, Pattern(*pattern), in_features)
+    return backend(grad).linear_grad_input(grad, values, Pattern(*pattern), in_features)
 
 
 @torch.library.custom_op("sparse_lth::sddmm", mutates_args=())
 def _sddmm(grad: Tensor, x: Tensor, pattern: Sequence[Tensor], C: int, R: int) -> Tensor:
-    return sddmm_torch.sddmm(grad, x, Pattern(*pattern), (C, R))
+    return backend(grad).sddmm(grad, x, Pattern(*pattern), (C, R))
 
 
 @_linear.register_fake
@@ -79,18 +117,45 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, values, output if ctx.activation == "relu" else None, *pattern)
 
 
-def _backward(ctx, grad):
+def _gradients(ctx, grad, linear_grad_input, sddmm):
+    """dx, dvalues, dbias; None where none is wanted"""
     x, values, y, *pattern = ctx.saved_tensors
+    pattern = Pattern(*pattern)
     dx = dvalues = dbias = None
     if ctx.activation == "relu":
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     if ctx.needs_input_grad[0]:
-        dx = _linear_grad_input(grad, values, pattern, x.shape[1])
+        dx = linear_grad_input(grad, values, pattern, x.shape[1])
     if ctx.needs_input_grad[1]:
-        dvalues = _sddmm(grad, x, pattern, *values.shape[1:])
+        dvalues = sddmm(grad, x, pattern, values.shape[1:])
     if ctx.has_bias and ctx.needs_input_grad[3]:
         dbias = grad.sum(0)
-    return dx, dvalues, [None] * len(pattern), dbias, None, None
+    return dx, dvalues, dbias
+
+
+def _backward(ctx, grad):
+    def sddmm(grad, x, pattern, block):
+        return _sddmm(grad, x, pattern, *block)
+
+    dx, dvalues, dbias = _gradients(ctx, grad, _linear_grad_input, sddmm)
+    return dx, dvalues, [None] * len(Pattern._fields), dbias, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_save)
+
+
+class _Linear(torch.autograd.Function):
+    """The same for eager training."""
+
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def forward(x, values, pattern, bias, out_features, activation):
+        return backend(x).linear(x, values, pattern, bias, out_features, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        chosen = backend(grad)
+        dx, dvalues, dbias = _gradients(ctx, grad, chosen.linear_grad_input, chosen.sddmm)
+        return dx, dvalues, None, dbias, None, None

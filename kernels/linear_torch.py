@@ -32,8 +32,8 @@ def linear(
 
     x: (batch, in_features); values: (nnz, C, R); bias: (out_features,) -> (batch, out_features)
     """
-    longest = _longest(pattern.crow_indices)
-    if _gather_pays(longest, pattern.grid[1], values.shape[2]):
+    longest = _gathered_length(pattern.crow_indices, pattern.grid[1], values.shape[2])
+    if longest is not None:
         y = _gather_matmul(x, values, pattern.crow_indices, pattern.col_indices, longest)
         y = y[:, :out_features] if bias is None else y[:, :out_features] + bias
     else:
@@ -43,21 +43,23 @@ def linear(
 
 def linear_grad_input(grad: Tensor, values: Tensor, pattern: Pattern, in_features: int) -> Tensor:
     """grad @ weight; grad: (batch, out_features) -> (batch, in_features)"""
-    longest = _longest(pattern.ccol_indices)
-    if _gather_pays(longest, pattern.grid[0], values.shape[1]):
+    longest = _gathered_length(pattern.ccol_indices, pattern.grid[0], values.shape[1])
+    if longest is not None:
         by_column = values[pattern.t_slots].mT  # (nnz, R, C)
         dx = _gather_matmul(grad, by_column, pattern.ccol_indices, pattern.t_row_indices, longest)
         return dx[:, :in_features].contiguous()
     return grad @ to_dense(values, pattern, (grad.shape[1], in_features))
 
 
-def _longest(compressed: Tensor) -> int:
-    return int(compressed.diff().amax()) if len(compressed) > 1 else 0
+def _gathered_length(compressed: Tensor, full: int, height: int) -> int | None:
+    """Blocks of the longest row, where rows padded to it beat the dense weight, else None.
 
-
-def _gather_pays(longest: int, full: int, height: int) -> bool:
-    """Whether rows padded to the longest beat the dense weight: short enough, on tall blocks."""
-    return height >= 8 and 2 * longest <= full
+    They do on tall blocks in rows at most half full; on a GPU, to look would stop the stream.
+    """
+    if compressed.is_cuda or height < 8:
+        return None
+    longest = int(compressed.diff().amax())
+    return longest if 2 * longest <= full else None
 
 
 def _gather_matmul(x: Tensor, values: Tensor, crow: Tensor, col: Tensor, longest: int) -> Tensor:

@@ -15,4 +15,4 @@ def sddmm(grad: Tensor, x: Tensor, pattern: Pattern, block: tuple[int, int]) -> 
     dense = grad.t() @ x  # (out_features, in_features)
     padding = (0, block_cols * C - x.shape[1], 0, block_rows * R - grad.shape[1])
     blocks = F.pad(dense, padding).view(block_rows, R, block_cols, C)
-    return blocks.permute(0, 2, 3, 1)[pattern.row_indices, pattern.col_indices]
+    return blocks.permute(0, 2, 3, 1)[pattern.row_indices, pattern.col_indices].contiguous()

@@ -6,14 +6,18 @@ _root = Path(__file__).parent.parent
 if (_root / "pyproject.toml").exists():  # a checkout: `sparse_lth.kernels` is its kernels/ folder
     __path__.append(str(_root))
 
+from .kernels import backends  # noqa: E402
 from .layers import SparseLinear, sparsify_  # noqa: E402
 from .masks import block_l1_unstructured  # noqa: E402
+from .sequential import SparseSequential  # noqa: E402
 from .ticket import Ticket, TicketError, load_sparse  # noqa: E402
 
 __all__ = [
     "SparseLinear",
+    "SparseSequential",
     "Ticket",
     "TicketError",
+    "backends",
     "block_l1_unstructured",
     "load_sparse",
     "sparsify_",

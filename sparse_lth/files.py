@@ -10,6 +10,10 @@ import safetensors.torch
 from torch import Tensor
 
 
+class FormatError(ValueError):
+    """A file does not hold what it should; the message names the file and what is wrong."""
+
+
 def write(path: str | Path, content: bytes | str) -> None:
     """Replaces the file in one step: a reader, or a crash, sees the old content or the new.
 
@@ -38,7 +42,7 @@ def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], about:
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
-    """(tensors on the CPU, about); ValueError names a file that is not whole or of another kind."""
+    """(tensors on the CPU, about); FormatError for a file that is not whole or of another kind."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})[f"sparse_lth.{kind}"])
@@ -46,7 +50,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     except FileNotFoundError:
         raise
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: expected a sparse_lth {kind}, got {error!r}") from error
+        raise FormatError(f"{path}: expected a sparse_lth {kind}, got {error!r}") from error
 
 
 def split_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

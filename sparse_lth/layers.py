@@ -55,7 +55,7 @@ class SparseLinear(nn.Module):
             torch.randperm(rows * cols, device="cpu")[: round(density * rows * cols)].sort().values
         )
         self.values = nn.Parameter(torch.empty(len(kept), C, R, device=device, dtype=dtype))
-        self.bias = None
+        self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         crow_indices = torch.searchsorted(
@@ -127,11 +127,13 @@ class SparseLinear(nn.Module):
         """x: (..., in_features), of the dtype of `values` unless under autocast -> (..., out)"""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
-        values, bias = self.values, self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        values, bias, device = self.values, self.bias, x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
             x, values = x.to(dtype), values.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+        if x.dim() == 2:
+            return linear(x, values, self.pattern, bias, self.out_features, self.activation)
         flat = x.reshape(-1, self.in_features)
         y = linear(flat, values, self.pattern, bias, self.out_features, self.activation)
         return y.view(*x.shape[:-1], self.out_features)

@@ -11,7 +11,9 @@ from torch.nn.utils import prune
 
 from .config import RunConfig, steps
 from .data import Dataset, batches
-from .files import add_prefix, load_tensors, save_tensors, split_prefix
+from .files import FormatError, add_prefix, load_tensors, save_tensors, split_prefix
+from .kernels import backend
+from .layers import sparsify_
 from .masks import density, magnitude_masks
 from .models import build, initialise, weight_layers
 from .training import TrainingError, evaluate, make_step
@@ -58,10 +60,14 @@ class State:
 
     @classmethod
     def load(cls, path: str | Path) -> "State":
+        """Raises FormatError unless the file holds a state."""
         tensors, about = load_tensors(path, "state")
         groups = {n: split_prefix(tensors, n) for n in ("init", "masks", "weights", "optimizer")}
-        about["history"] = tuple(about["history"])
-        return cls(**about, **groups, generator=tensors["generator"])
+        try:
+            about["history"] = tuple(about["history"])
+            return cls(**about, **groups, generator=tensors["generator"])
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"{path}: expected the state of a search, got {error!r}") from error
 
 
 def search(config: RunConfig, data: Dataset, state: State | None = None) -> Iterator[State]:
@@ -114,7 +120,12 @@ def train_round(config: RunConfig, data: Dataset, state: State) -> Iterator[Stat
             f"got {config.rewind_step}, which is step {rewind_step}"
         )
     device = torch.device(config.device)
-    model = masked_model(config.model, state.weights, state.masks).to(device).train()
+    model = masked_model(config.model, state.weights, state.masks)
+    if state.step:  # a round goes on as it began, whatever this machine would choose
+        sparse = state.history[-1]["trained_sparse"]
+    else:
+        sparse = [name for name, mask in state.masks.items() if trains_sparse(config, mask)]
+    sparsify_(model, config.blocksize, lambda _, name: name in sparse).to(device).train()
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.lr, fused=True, capturable=device.type == "cuda"
     )
@@ -140,6 +151,7 @@ def train_round(config: RunConfig, data: Dataset, state: State) -> Iterator[Stat
                 "epoch": epoch,
                 "step": step,
                 "density": density(state.masks),
+                "trained_sparse": sparse,
                 **_evaluate(model, data, float(losses) / (step - since), tested=step == total),
             }
             state = replace(
@@ -192,10 +204,30 @@ def masked_model(name: str, weights: Tensors, masks: Tensors) -> nn.Module:
     return model
 
 
+def trains_sparse(config: RunConfig, mask: Tensor) -> bool:
+    """Whether the layer of this mask trains as a block-sparse one: a fixed rule, never a timing.
+
+    auto: on the native kernels, up to the density where a step costs what it does under masks,
+    which is 0.5, or 0.8 in blocks of multiples of 16, as README.md has it measured.
+    """
+    if mask.dim() != 2:
+        return False
+    if config.train_sparse != "auto":
+        return config.train_sparse == "on" and not mask.all()
+    R, C = config.blocksize
+    limit = 0.8 if R % 16 == 0 and C % 16 == 0 else 0.5
+    probe = torch.empty(0, device=config.device)
+    return backend(probe).name == "native" and int(mask.sum()) <= limit * mask.numel()
+
+
 def effective_weights(model: nn.Module) -> Tensors:
     """The weights that the network computes with, by parameter name: pruned ones exactly 0."""
     weights = {}
     for name, parameter in model.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        if kind == "values":
+            weights[f"{layer}.weight"] = model.get_submodule(layer).to_dense().weight.detach()
+            continue
         if name.endswith("_orig"):
             name = name.removesuffix("_orig")
             kept = model.get_buffer(f"{name}_mask") != 0

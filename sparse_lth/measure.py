@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Split
+from .kernels import backend
 from .layers import SparseLinear
 from .ticket import Ticket, load_sparse
 from .training import evaluate
@@ -106,7 +107,12 @@ def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
         layer["stored"] = _stored(sparse.get_submodule(layer["layer"]))
     stored = sum(layer["stored"] for layer in summary["layers"])
     stored_density = stored / sum(mask.numel() for mask in ticket.masks.values())
-    return {**summary, "backend": "torch", "stored_density": stored_density, "rows": rows}
+    return {
+        **summary,
+        "backend": backend(test.images).name,
+        "stored_density": stored_density,
+        "rows": rows,
+    }
 
 
 def _stored(layer: nn.Module) -> int:

@@ -34,15 +34,23 @@ def watch(
         TimeRemainingColumn(),
     )
     state = start
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("round 0", total=total, completed=len(start.history))
+
+    def doing() -> str:
+        return f"round {min(len(state.history) // config.epochs, config.rounds)}"
+
+    # an epoch may take minutes, and the time left is judged from those of the last hour
+    progress = Progress(
+        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600
+    )
+    with progress as bar:
+        task = bar.add_task(doing(), total=total, completed=len(start.history))
         for state in states:
             state.save(run_dir / "state.safetensors")
             write_metrics(run_dir, list(state.history))
             curves.add(state)
-            bar.update(task, advance=1, description=f"round {state.round}")
+            bar.update(task, advance=1, description=doing())
             if state.epoch == config.epochs or not console.is_terminal:
-                console.print(describe(state.history[-1]), highlight=False)
+                console.print(describe(state.history[-1]), highlight=False, soft_wrap=True)
     curves.close()
     return state
 
@@ -50,8 +58,8 @@ def watch(
 def describe(record: dict) -> str:
     """One line of history."""
     text = (
-        f"round {record['round']}  epoch {record['epoch']}  density {record['density']:.2%}  "
-        f"train loss {record['train_loss']:.4f}  validation {record['validation_accuracy']:.2%}"
+        f"round {record['round']}  epoch {record['epoch']:2}  density {record['density']:7.2%}  "
+        f"loss {record['train_loss']:.4f}  validation {record['validation_accuracy']:.2%}"
     )
     return f"{text}  test {record['test_accuracy']:.2%}" if "test_accuracy" in record else text
 
@@ -64,7 +72,9 @@ class _Curves:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            console.print("no TensorBoard curves: pip install tensorboard to have them")
+            console.print(
+                "no TensorBoard curves: pip install tensorboard to have them", soft_wrap=True
+            )
             return
         self.writer = SummaryWriter(folder, purge_step=step + 1)
         self.epochs = config.epochs
@@ -74,7 +84,7 @@ class _Curves:
             return
         step = len(state.history)
         for name, value in state.history[-1].items():
-            if name not in ("round", "epoch", "step"):
+            if isinstance(value, float):
                 self.writer.add_scalar(name, value, step)
         if state.epoch == self.epochs:
             for name, mask in state.masks.items():

@@ -1,5 +1,6 @@
 """Ticket, what a search found, and the block-sparse model made of it: save, load, convert."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,15 @@ from torch.nn.utils import prune
 
 from . import masks as masking
 from .config import RunConfig
-from .files import add_prefix, load_tensors, save_tensors, split_prefix
+from .files import FormatError, add_prefix, load_tensors, save_tensors, split_prefix
 from .layers import SparseLinear, sparsify_
 from .lottery import State, masked_model
 from .models import MODELS, build, weight_layers
+from .sequential import SparseSequential
 
 
-class TicketError(ValueError):
-    """A file does not hold what it should; the message names the file and what is wrong."""
+class TicketError(FormatError):
+    """A file holds no whole ticket, or no whole model; the message says what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ class Ticket:
         """The trained network in plain dense layers, its pruned weights zeros."""
         return _make_permanent(self.network()).eval()
 
-    def sparse_network(self, blocksize: tuple[int, int]) -> nn.Module:
+    def sparse_network(self, blocksize: tuple[int, int]) -> SparseSequential:
         """The trained network with every linear layer that has an empty block made sparse."""
-        return _make_permanent(sparsify_(self.network(), blocksize)).eval()
+        network = _make_permanent(sparsify_(self.network(), blocksize))
+        return SparseSequential(OrderedDict(network.named_children())).eval()
 
     def save(self, path: str | Path) -> None:
         groups = {name: getattr(self, name) for name in ("init", "masks", "trained")}
@@ -105,14 +108,14 @@ def save_sparse(path: str | Path, network: nn.Module, ticket: Ticket) -> None:
     save_tensors(path, "model", network.state_dict(), about)
 
 
-def load_sparse(path: str | Path) -> nn.Module:
+def load_sparse(path: str | Path) -> SparseSequential:
     """The model of `--export-sparse`, ready to call: (batch, 1, 28, 28) images -> (batch, 10).
 
     Images are normalised as `sparse_lth.data` does: (pixel / 255 - 0.1307) / 0.3081.
     Raises TicketError, naming what is wrong, unless the file holds a whole model.
     """
     tensors, about = _load(path, "model", ("model", "layers"))
-    network = _build(path, about["model"])
+    network = SparseSequential(OrderedDict(_build(path, about["model"]).named_children()))
     for name in about["layers"]:
         dense = dict(network.named_modules()).get(name)
         if not isinstance(dense, nn.Linear):
@@ -139,7 +142,7 @@ def _make_permanent(network: nn.Module) -> nn.Module:
 def _load(path: str | Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
     try:
         tensors, about = load_tensors(path, kind)
-    except (OSError, ValueError) as error:
+    except (OSError, FormatError) as error:
         raise TicketError(str(error)) from error
     for key in keys:
         if key not in about:

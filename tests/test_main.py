@@ -103,6 +103,17 @@ def test_resume_takes_its_settings_from_the_run(tmp_path, capsys):
     assert "--lr: expected 0.001, as the run to resume has it, got 1.0" in capsys.readouterr().err
 
 
+def test_a_state_that_is_cut_is_refused_by_name(tmp_path, capsys):
+    assert _run(*QUICK, "--out_dir", tmp_path) == 0
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    capsys.readouterr()
+    assert _run("--resume", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "state.safetensors: expected a sparse_lth state" in error
+    assert "Traceback" not in error
+
+
 def test_a_full_disk_loses_nothing_saved(tmp_path, capsys, monkeypatch):
     calls = 0
 

@@ -1,0 +1,303 @@
+"""Native kernels against dense and sparse peers on a CPU: `pytest benchmarks --benchmark-only`.
+
+Each round of a row runs the dense torch network too, so `speedup` is side by side. Peers that are
+not installed are skipped.
+"""
+
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_lth import SparseLinear, SparseSequential, kernels
+from sparse_lth.kernels import linear_native
+
+BATCHES = [1, 16, 128, 1024, 8192]
+ROUND_SECONDS = 4e-3  # of dense calls; a round takes as many calls as fit
+ROUNDS = 15
+LENET = (784, 300, 100, 10)
+TICKETS = {  # (density, blocksize)
+    "unstructured 10%": (0.1, (1, 1)),
+    "unstructured 2%": (0.02, (1, 1)),
+    "16x16 10%": (0.1, (16, 16)),
+}
+needs_native = pytest.mark.skipif(
+    linear_native.WHY_NOT is not None, reason=f"native kernels are {linear_native.WHY_NOT}"
+)
+
+
+def seconds(function, calls):
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def compare(benchmark, run, dense, **context):
+    """A row for run(), timed in turn with dense(); context goes to extra_info."""
+    seconds(dense, 1)
+    calls = max(1, int(ROUND_SECONDS / seconds(dense, 3)))
+    ours, theirs = [], []
+    benchmark.pedantic(
+        lambda: ours.append(seconds(run, calls)),
+        setup=lambda: theirs.append(seconds(dense, calls)),
+        rounds=ROUNDS,
+        warmup_rounds=3,
+    )
+    p20, p50, p80 = torch.tensor(ours[3:]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    benchmark.extra_info.update(
+        device=f"cpu, {torch.get_num_threads()} threads",
+        **{"dtype": "float32", "blocksize": None, "density": 1.0, **context},
+        **{"p20 us": p20 * 1e6, "p50 us": p50 * 1e6, "p80 us": p80 * 1e6},
+        speedup=torch.tensor(theirs[3:]).median().item() / p50,
+    )
+
+
+def dense_lenet():
+    torch.manual_seed(0)
+    a, b, c, d = LENET
+    return nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c), nn.ReLU(), nn.Linear(c, d))
+
+
+def ticket_layers(density, blocksize):
+    """LeNet's layers with random kept blocks; next to blocks, the output layer stays dense."""
+    *hidden, last = pairwise(LENET)
+    layers = [SparseLinear(*shape, True, blocksize, density, "relu") for shape in hidden]
+    dense_last = blocksize != (1, 1)
+    layers += [nn.Linear(*last) if dense_last else SparseLinear(*last, True, blocksize, density)]
+    return layers
+
+
+def weights_of(layers):
+    """[(weight, bias)] as dense tensors"""
+    dense = [x.to_dense() if isinstance(x, SparseLinear) else x for x in layers]
+    return [(x.weight.detach(), x.bias.detach()) for x in dense]
+
+
+@needs_native
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("ticket", TICKETS)
+def test_lenet(benchmark, ticket, batch):
+    density, blocksize = TICKETS[ticket]
+    network = SparseSequential(*ticket_layers(density, blocksize))
+    dense, x = dense_lenet(), torch.rand(batch, 784)
+    with torch.inference_mode():
+        compare(
+            benchmark,
+            lambda: network(x),
+            lambda: dense(x),
+            backend="native",
+            shape=[batch, *LENET],
+            density=density,
+            blocksize=blocksize,
+        )
+
+
+def onnx_lenet(path):
+    onnx = pytest.importorskip("onnx")
+    helper, names, nodes, weights = onnx.helper, "x", [], []
+    for j, (weight, bias) in enumerate(weights_of(dense_lenet()[::2])):
+        weights += [
+            onnx.numpy_helper.from_array(weight.numpy(), f"w{j}"),
+            onnx.numpy_helper.from_array(bias.numpy(), f"b{j}"),
+        ]
+        nodes.append(helper.make_node("Gemm", [names, f"w{j}", f"b{j}"], [f"z{j}"], transB=1))
+        names = f"z{j}"
+        if j < 2:
+            nodes.append(helper.make_node("Relu", [f"z{j}"], [f"y{j}"]))
+            names = f"y{j}"
+    kind = onnx.TensorProto.FLOAT
+    ends = [
+        [helper.make_tensor_value_info(name, kind, ["batch", size])]
+        for name, size in (("x", LENET[0]), (names, LENET[-1]))
+    ]
+    graph = helper.make_graph(nodes, "lenet", *ends, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path)
+
+
+def onnxruntime_lenet(batch, tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    onnx_lenet(tmp_path / "lenet.onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = ort.InferenceSession(tmp_path / "lenet.onnx", options)
+    x = torch.rand(batch, 784).numpy()
+    return lambda: session.run(None, {"x": x})
+
+
+def openvino_lenet(batch, tmp_path, precision):
+    ov = pytest.importorskip("openvino")
+    onnx_lenet(tmp_path / "lenet.onnx")
+    config = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    model = ov.Core().compile_model(str(tmp_path / "lenet.onnx"), "CPU", config)
+    request, x = model.create_infer_request(), torch.rand(batch, 784).numpy()
+    return lambda: request.infer({0: x}, share_inputs=True, share_outputs=True)
+
+
+def torch_lenet(batch, tmp_path, dtype, compiled=False):
+    dense, x = dense_lenet().to(dtype), torch.rand(batch, 784, dtype=dtype)
+    if compiled:
+        dense = torch.compile(dense)
+    return lambda: dense(x)
+
+
+def csr_lenet(batch, tmp_path):
+    weights = [(w.to_sparse_csr(), b) for w, b in weights_of(ticket_layers(0.1, (1, 1)))]
+    x = torch.rand(batch, 784)
+
+    def run():
+        y = x
+        for j, (weight, bias) in enumerate(weights):
+            y = (weight @ y.t()).t() + bias
+            y = y.relu() if j < 2 else y
+
+    return run
+
+
+def scipy_lenet(batch, tmp_path):
+    sparse = pytest.importorskip("scipy.sparse")
+    layers = ticket_layers(0.1, (1, 1))
+    weights = [(sparse.csr_matrix(w.numpy()), b.numpy()) for w, b in weights_of(layers)]
+    x = torch.rand(batch, 784).numpy()
+
+    def run():
+        y = x.T
+        for j, (weight, bias) in enumerate(weights):
+            y = weight @ y + bias[:, None]
+            y = y.clip(0) if j < 2 else y
+
+    return run
+
+
+PEERS = {  # run, dtype, density
+    "torch bf16": (lambda *a: torch_lenet(*a, torch.bfloat16), "bfloat16", 1.0),
+    "torch compiled": (lambda *a: torch_lenet(*a, torch.float32, True), "float32", 1.0),
+    "torch bf16 compiled": (lambda *a: torch_lenet(*a, torch.bfloat16, True), "bfloat16", 1.0),
+    "torch csr": (csr_lenet, "float32", 0.1),
+    "scipy csr": (scipy_lenet, "float32", 0.1),
+    "onnxruntime": (onnxruntime_lenet, "float32", 1.0),
+    "openvino f32": (lambda *a: openvino_lenet(*a, "f32"), "float32", 1.0),
+    "openvino bf16": (lambda *a: openvino_lenet(*a, "bf16"), "bfloat16", 1.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("peer", PEERS)
+def test_lenet_peer(benchmark, tmp_path, peer, batch):
+    make, dtype, density = PEERS[peer]
+    dense, x = dense_lenet(), torch.rand(batch, 784)
+    with torch.inference_mode():
+        run = make(batch, tmp_path)
+        compare(
+            benchmark,
+            run,
+            lambda: dense(x),
+            backend=peer,
+            shape=[batch, *LENET],
+            dtype=dtype,
+            density=density,
+        )
+
+
+@needs_native
+@pytest.mark.parametrize("batch", [1, 16, 128, 1024])
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 16)])
+def test_large_layer(benchmark, blocksize, batch):
+    dense, sparse = nn.Linear(4096, 4096), SparseLinear(4096, 4096, True, blocksize, 0.1)
+    x = torch.rand(batch, 4096)
+    with torch.inference_mode():
+        compare(
+            benchmark,
+            lambda: sparse(x),
+            lambda: dense(x),
+            backend="native",
+            shape=[batch, 4096, 4096],
+            density=0.1,
+            blocksize=blocksize,
+        )
+
+
+def training_step(layers, x):
+    model, target = nn.Sequential(*layers), torch.randint(layers[-1].out_features, (len(x),))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), target).backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 16)])
+@pytest.mark.parametrize("network", ["lenet", "1024^2 x 3"])
+def test_training_step(benchmark, network, blocksize, backend):
+    if backend == "native" and linear_native.WHY_NOT:
+        pytest.skip(f"native kernels are {linear_native.WHY_NOT}")
+    if network == "lenet":
+        dense, sparse = dense_lenet(), ticket_layers(0.1, blocksize)
+    else:
+        dense = [nn.Linear(1024, 1024) for _ in range(3)]
+        sparse = [SparseLinear(1024, 1024, True, blocksize, 0.1) for _ in range(3)]
+    x = torch.rand(128, dense[0].in_features)
+    with kernels.use_backend(backend):
+        compare(
+            benchmark,
+            training_step(sparse, x),
+            training_step(dense, x),
+            backend=backend,
+            shape=[128, network],
+            density=0.1,
+            blocksize=blocksize,
+        )
+
+
+@needs_native
+@pytest.mark.parametrize("blocksize", [(1, 1), (4, 4), (8, 8), (16, 16)])
+@pytest.mark.parametrize("step", ["forward", "training"])
+def test_crossover(benchmark, step, blocksize):
+    """The density where a 1024 x 1024 layer costs what the dense one does, at batch 128."""
+    x = torch.rand(128, 1024)
+
+    def call(layer):
+        if step == "training":
+            return training_step([layer], x)
+
+        def forward():
+            with torch.inference_mode():
+                layer(x)
+
+        return forward
+
+    dense, crossover, before = call(nn.Linear(1024, 1024)), 1.0, None
+    for density in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        sparse = call(SparseLinear(1024, 1024, True, blocksize, density))
+        ratio = relative_time(sparse, dense)
+        if ratio >= 1:
+            crossover = density
+            if before is not None:  # between the two, times are about linear in the density
+                crossover -= 0.1 * (ratio - 1) / (ratio - before)
+            break
+        before = ratio
+    benchmark.pedantic(sparse)
+    benchmark.extra_info.update(
+        device=f"cpu, {torch.get_num_threads()} threads",
+        dtype="float32",
+        shape=[128, 1024, 1024],
+        blocksize=blocksize,
+        backend="native",
+        step=step,
+        crossover=crossover,
+    )
+
+
+def relative_time(run, dense):
+    """Median of run's times over dense's, the two in turn."""
+    times = torch.tensor([(seconds(run, 3), seconds(dense, 3)) for _ in range(ROUNDS)][3:])
+    ours, theirs = times.median(0).values.tolist()
+    return ours / theirs

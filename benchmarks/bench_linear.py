@@ -1,0 +1,117 @@
+"""Forward of a block-sparse linear layer against the dense one: pytest benchmarks --benchmark-only
+
+Each round times one dense call and then one sparse call, so that a busy moment of the machine
+falls on both. Every row checks its output first.
+"""
+
+from functools import cache
+from statistics import median, quantiles
+from time import perf_counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_lth import SparseLinear
+from sparse_lth.kernels import backend
+from sparse_lth.masks import expand, keep_highest
+
+DENSITIES = (0.5, 0.2, 0.1, 0.05)
+BLOCKSIZES = (16, 32, 64)
+LAYERS = ((784, 300), (1024, 1024), (4096, 4096))  # in_features, out_features
+BATCHES = (1, 64, 1024)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.float32
+SECONDS, ROUNDS = 0.3, (5, 500)  # for a row: about so long, at least and at most so often
+K = 8  # |out - ref| <= K eps (|x| @ |w|.T): a few roundings, since long sums are done in parts
+
+
+@cache
+def dense_case(in_features: int, out_features: int, batch: int) -> tuple[Tensor, nn.Linear]:
+    """x: (batch, in_features), and the layer before it is pruned; the same in every row"""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(in_features, out_features, device=DEVICE, dtype=DTYPE)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    linear.weight.data.copy_(weight / in_features**0.5)
+    linear.bias.data.copy_(torch.randn(out_features, generator=generator))
+    x = torch.randn(batch, in_features, generator=generator).to(DEVICE, DTYPE)
+    return x, linear
+
+
+def random_mask(weight: Tensor, blocksize: int, density: float) -> Tensor:
+    """bool of the weight's shape, round(density * blocks) blocks kept"""
+    rows, cols = (-(-size // blocksize) for size in weight.shape)
+    scores = torch.rand(rows, cols, generator=torch.Generator().manual_seed(1))
+    blocks = keep_highest(scores, round(density * rows * cols))
+    return expand(blocks, (blocksize, blocksize), weight.shape).to(weight.device)
+
+
+def check(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Against float64, within K eps of the sums of magnitudes."""
+    magnitude = F.linear(x.abs(), weight.abs(), bias.abs())
+    error = (out - F.linear(x.double(), weight.double(), bias.double())).abs()
+    worst = float((error / magnitude).max())
+    limit = K * torch.finfo(out.dtype).eps
+    assert worst <= limit, f"expected an error of at most {limit:.1e}, got {worst:.1e}"
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def percentiles(seconds: list[float], prefix: str = "") -> dict[str, float]:
+    p20, *_, p80 = quantiles(seconds, n=5, method="inclusive")
+    return {f"{prefix}p20": p20, f"{prefix}p50": median(seconds), f"{prefix}p80": p80}
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")
+def test_linear(benchmark, pytestconfig, layer, batch, blocksize, density):
+    x, linear = dense_case(*layer, batch)
+    mask = random_mask(linear.weight, blocksize, density)
+    sparse = SparseLinear.from_dense(linear, mask, (blocksize, blocksize))
+    weight, bias = linear.weight.detach() * mask, linear.bias.detach()
+    dense_times = []
+
+    def run_dense() -> None:
+        synchronize()
+        start = perf_counter()
+        F.linear(x, weight, bias)
+        synchronize()
+        dense_times.append(perf_counter() - start)
+
+    def run_sparse() -> Tensor:
+        out = sparse(x)
+        synchronize()
+        return out
+
+    with torch.inference_mode():
+        check(run_sparse(), x, weight, bias)
+        start = perf_counter()
+        run_dense(), run_sparse()
+        rounds = round(SECONDS / (perf_counter() - start))
+        rounds = max(ROUNDS[0], min(ROUNDS[1], rounds))
+        dense_times.clear()
+        benchmark.pedantic(run_sparse, setup=run_dense, rounds=rounds)
+    if not benchmark.enabled:
+        return
+    dense, pruned = percentiles(dense_times, "dense_"), percentiles(benchmark.stats.stats.data)
+    speedup = dense["dense_p50"] / pruned["p50"]
+    benchmark.extra_info |= {
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "shape": [batch, *layer],
+        "density": density,
+        "blocksize": [blocksize, blocksize],
+        "backend": backend(x).name,
+        **pruned,
+        **dense,
+        "speedup": speedup,
+    }
+    row = pytestconfig.speedups.setdefault((f"{layer[0]}x{layer[1]}", batch), {})
+    row[density, blocksize] = speedup

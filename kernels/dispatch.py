@@ -1,0 +1,93 @@
+"""The one place that picks a backend."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import linear_native, linear_torch, sddmm_native, sddmm_torch
+
+
+class Backend(NamedTuple):
+    """One implementation of each operation, with the signatures of `linear_torch.py`."""
+
+    name: str
+    linear: Callable[..., Tensor]
+    linear_grad_input: Callable[..., Tensor]
+    sddmm: Callable[..., Tensor]
+
+
+TORCH = Backend("torch", linear_torch.linear, linear_torch.linear_grad_input, sddmm_torch.sddmm)
+NATIVE = Backend(
+    "native", linear_native.linear, linear_native.linear_grad_input, sddmm_native.sddmm
+)
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_only: ContextVar[str | None] = ContextVar("only_backend", default=None)
+
+
+def backend(x: Tensor) -> Backend:
+    """The fastest backend for tensors of the device and dtype of x."""
+    only = _only.get()
+    if x.is_cpu and x.dtype == torch.float32 and linear_native.WHY_NOT is None:
+        return NATIVE if only in (None, "native") else TORCH
+    if x.is_cuda and x.dtype in TRITON_DTYPES and triton_why_not(x.device) is None:
+        return _triton() if only in (None, "triton") else TORCH
+    return TORCH
+
+
+def backends() -> dict[str, str]:
+    """What each backend can do here: "available", with its instruction set or GPU, or why not."""
+    native = linear_native.WHY_NOT or f"available ({linear_native.INSTRUCTION_SETS[0]})"
+    triton = "torch sees no GPU"
+    if torch.cuda.is_available():
+        triton = triton_why_not(torch.device("cuda"))
+        triton = triton or f"available ({torch.cuda.get_device_name()})"
+    return {"triton": triton, "native": native, "torch": "available"}
+
+
+@contextmanager
+def use_backend(name: str, instruction_set: str | None = None) -> Iterator[None]:
+    """Leaves only this backend, and torch for what it cannot do, in this thread and context.
+
+    instruction_set: of the native kernels, one of `linear_native.INSTRUCTION_SETS`.
+    Raises ValueError for a backend or an instruction set that is not there.
+    """
+    if not backends().get(name, "").startswith("available"):
+        raise ValueError(f"expected an available backend, got {name!r}: {backends()}")
+    known = linear_native.INSTRUCTION_SETS
+    if instruction_set is not None and instruction_set not in known:
+        raise ValueError(f"expected instruction_set in {list(known)}, got {instruction_set!r}")
+    chosen = known.index(instruction_set) if instruction_set else 0
+    before = _only.set(name), linear_native.instruction_set.set(chosen)
+    try:
+        yield
+    finally:
+        _only.reset(before[0])
+        linear_native.instruction_set.reset(before[1])
+
+
+@functools.cache
+def triton_why_not(device: torch.device) -> str | None:
+    """None where the Triton kernels run on this GPU."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"expected a GPU of compute capability 8.0 or newer, got {capability}"
+    return None
+
+
+@functools.cache
+def _triton() -> Backend:
+    """Imported at the first call on a GPU: triton takes a second."""
+    from . import linear_triton, sddmm_triton
+
+    return Backend(
+        "triton", linear_triton.linear, linear_triton.linear_grad_input, sddmm_triton.sddmm
+    )

@@ -1,0 +1,114 @@
+/* What the kernels share: the layer they read, and the threads they run on. */
+
+#ifndef NATIVE_H
+#define NATIVE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* A block-sparse (out, in) weight; a dense row-major weight is one with R = 1 and C = in. */
+typedef struct {
+    const float *values;       /* (nnz, C, R) */
+    const float *bias;         /* (out,) or NULL */
+    const int32_t *crow, *col; /* (block_rows + 1,), (nnz,) */
+    int64_t R, C, in, out;
+    int relu;
+} Layer;
+
+/* The gradient of `values`; what is padding there must be 0 before. */
+typedef struct {
+    const float *grad, *x; /* (batch, out), (batch, in) */
+    float *values;         /* (nnz, C, R) */
+    const int32_t *crow, *col;
+    int64_t ldg, ldx, batch, R, C, in, out;
+} Gradient;
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t block_rows(const Layer *l) { return ceil_div(l->out, l->R); }
+static inline int64_t kept_weights(const Layer *l) { return l->crow[block_rows(l)] * l->C * l->R; }
+
+/* The kernels of one instruction set. A tile is (features, lanes): the batch transposed. */
+typedef struct {
+    const char *name;
+    int lanes; /* floats in a vector register; a tile has 1, 2 or 4 times as many lanes */
+    /* block rows begin .. end: x (rows, in) -> y (rows, out); R a multiple of 16, of 8 */
+    void (*tall16)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
+                   int64_t ldy, int64_t rows);
+    void (*tall8)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
+                  int64_t ldy, int64_t rows);
+    /* outputs begin .. end, any blocksize: x (in, lanes) -> y (out, lanes), or x (in) -> y (out) */
+    void (*wide)(const Layer *, int64_t begin, int64_t end, const float *x, float *y,
+                 int64_t lanes);
+    void (*single)(const Layer *, int64_t begin, int64_t end, const float *x, float *y);
+    /* (m, n) -> (n, m), with zeros from m to padded */
+    void (*transpose)(const float *from, int64_t ldfrom, int64_t m, int64_t n, float *to,
+                      int64_t ldto, int64_t padded);
+    /* block rows begin .. end of the weight gradient; R a multiple of 16, of 8 */
+    void (*sddmm_tall16)(const Gradient *, int64_t begin, int64_t end);
+    void (*sddmm_tall8)(const Gradient *, int64_t begin, int64_t end);
+    /* outputs begin .. end, for a panel: grad (out, lanes), x (in, lanes), 1 to 8 times `lanes` */
+    void (*sddmm_wide)(const Gradient *, int64_t begin, int64_t end, const float *grad,
+                       const float *x, int64_t lanes, int first);
+} Kernels;
+
+/* Threads. `task(arg, i, worker)` runs once for each i < tasks; workers take the next i as they
+   come, so results must not depend on who ran what. worker < threads names who runs it. */
+
+typedef void (*Task)(void *arg, int64_t i, int worker);
+typedef void (*Parallel)(void (*fn)(void *), void *data, unsigned threads, unsigned flags);
+
+enum { MAX_THREADS = 256 };
+
+typedef struct {
+    Task task;
+    void *arg;
+    int64_t tasks;
+    atomic_llong next;
+    atomic_int workers;
+} Job;
+
+/* GOMP_parallel of the OpenMP runtime that the process already runs, so that we use the threads
+   of torch instead of contending with them. NULL where there is none, and in a forked child, where
+   those threads are gone and the runtime would wait for them forever. */
+static Parallel openmp;
+
+static void after_fork(void) { openmp = NULL; }
+
+static void work(void *data)
+{
+    Job *job = data;
+    int worker = atomic_fetch_add(&job->workers, 1);
+    for (int64_t i; (i = atomic_fetch_add(&job->next, 1)) < job->tasks;)
+        job->task(job->arg, i, worker);
+}
+
+static void *work_thread(void *data)
+{
+    work(data);
+    return NULL;
+}
+
+static void parallel_for(int threads, int64_t tasks, Task task, void *arg)
+{
+    Job job = {.task = task, .arg = arg, .tasks = tasks};
+    pthread_t started[MAX_THREADS];
+    int n = 0;
+    threads = (int)min64(min64(threads, tasks), MAX_THREADS);
+    if (threads > 1 && openmp) {
+        openmp(work, &job, threads, 0);
+        return;
+    }
+    while (n < threads - 1 && pthread_create(&started[n], NULL, work_thread, &job) == 0)
+        n++;
+    work(&job);
+    while (n)
+        pthread_join(started[--n], NULL);
+}
+
+#endif

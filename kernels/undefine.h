@@ -1,0 +1,22 @@
+/* Ends one inclusion of the kernels. */
+#undef NAME
+#undef TARGET
+#undef LANES
+#undef ROWS
+#undef vec
+#undef ivec
+#undef LOAD
+#undef STORE
+#undef RELU
+#undef INLINE
+#undef UNROLL
+#undef LO1
+#undef HI1
+#undef LO2
+#undef HI2
+#undef LO4
+#undef HI4
+#undef LO8
+#undef HI8
+#undef RUN4
+#undef EACH4

@@ -1,0 +1,154 @@
+"""What the compiler makes of every kernel and tile of the table, for GPUs that are not here."""
+
+import re
+import subprocess
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from sparse_lth.kernels import linear_triton, sddmm_triton, tiles  # noqa: E402
+
+TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+INDICES = ["crow_ptr", "col_ptr", "order_ptr", "ccol_ptr", "t_row_ptr", "t_slot_ptr"]
+UNSPECIALIZED = ["batch", "block_rows", "block_cols"]
+KERNELS = {
+    "linear": linear_triton._linear_kernel,
+    "grad_input": linear_triton._grad_input_kernel,
+    "sddmm": sddmm_triton._sddmm_kernel,
+}
+DEVICES = {
+    "sm_80": tiles.Device("A100", 80, 108, 166912),
+    "sm_90": tiles.Device("H200", 90, 132, 232448),
+}
+BLOCKS = {  # height x width; the 16-bit types differ in one letter of an instruction
+    "float16": [(16, 16), (64, 16), (128, 64)],
+    "bfloat16": [(16, 16), (128, 64)],
+    "float32": [(16, 16), (128, 64)],
+}
+NARROW = [(128, 1), (48, 5)]
+SHORT_COPY = r"cp\.async[.\w]* \[[^]]+\], \[[^]]+\], 0x[48],"  # of less than 16 bytes
+
+
+class Compiled:
+    """A kernel as the launcher would have it compiled: aligned pointers and strides.
+
+    odd: the numbers that 16 does not divide; wide: the pointers to fp32
+    """
+
+    def __init__(self, fn, dtype, device, constants, options, odd=(), wide=()):
+        constants = {name: value for name, value in constants.items() if name in fn.arg_names}
+        signature, attrs = {}, {}
+        for i, name in enumerate(fn.arg_names):
+            if name in constants:
+                signature[name] = "constexpr"
+            elif name.endswith("_ptr"):
+                signature[name] = "*i32" if name in INDICES else f"*{TYPES[dtype]}"
+            else:
+                signature[name] = "i32"
+            if name in wide:
+                signature[name] = "*fp32"
+            if name not in constants and name not in odd and name not in UNSPECIALIZED:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn, signature, constexprs=constants, attrs=attrs)
+        target = GPUTarget("cuda", device.capability, 32)
+        kernel = triton.compile(source, target=target, options=options)
+        self.shared = kernel.metadata.shared
+        self.ptx = kernel.asm["ptx"]
+
+    def spilled_bytes(self, tmp_path):
+        """By the assembler that comes with Triton."""
+        path = tmp_path / "kernel.ptx"
+        path.write_text(self.ptx)
+        arch = re.search(r"\.target (\w+)", self.ptx)[1]
+        nvidia = triton.knobs.nvidia
+        for tool in (nvidia.ptxas.path, nvidia.ptxas_blackwell.path):
+            command = [tool, "-v", f"-arch={arch}", str(path), "-o", str(tmp_path / "cubin")]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode == 0:
+                return sum(map(int, re.findall(r"(\d+) bytes (?:stack|spill)", run.stderr)))
+        raise AssertionError(run.stderr)
+
+
+def _compile(case, device, activation="none", splits=1, ragged=False, odd=()):
+    R, C = (case.height, case.width) if case.op != "grad_input" else (case.width, case.height)
+    constants = linear_triton.options(tiles.of_case(case, device, activation))
+    options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
+    constants |= {"C": C, "R": R, "RAGGED": ragged, "PRECISION": "ieee"}
+    constants |= {"ACTIVATION": activation, "SPLITS": splits}
+    parts = ("y_ptr", "dvalues_ptr") if splits > 1 else ()
+    return Compiled(KERNELS[case.op], case.dtype, device, constants, options, odd, parts)
+
+
+def _case(op, dtype, block, batch):
+    return tiles.Case(op, dtype, *block, batch, 0.1)
+
+
+@pytest.fixture(autouse=True)
+def _sparse(monkeypatch):
+    monkeypatch.setattr(tiles, "dense_pays", lambda case: False)
+    monkeypatch.setattr(tiles, "tuned", lambda name: {})
+    tiles.of_case.cache_clear()
+    yield
+    tiles.of_case.cache_clear()
+
+
+def _cases():
+    cases = [(dtype, block, tiles.BATCHES) for dtype in TYPES for block in BLOCKS[dtype]]
+    cases += [("float16", block, (16, tiles.BATCHES[-1])) for block in NARROW]
+    for dtype, block, batches in cases:
+        yield "sddmm", dtype, block, batches[-1]
+        for batch in batches:
+            yield "linear", dtype, block, batch
+            if batch > 1:
+                yield "grad_input", dtype, block, batch
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize(("op", "dtype", "block", "batch"), list(_cases()))
+def test_every_tile(arch, op, dtype, block, batch, tmp_path):
+    activation = "gelu" if op == "linear" and batch < 512 else "none"
+    case = _case(op, dtype, block, batch)
+    compiled = _compile(case, DEVICES[arch], activation)
+    tile, ptx = tiles.of_case(case, DEVICES[arch], activation), compiled.ptx
+    assert compiled.spilled_bytes(tmp_path) == 0
+    assert compiled.shared <= DEVICES[arch].shared_memory
+    if dtype == "float32":
+        return
+    height, width = block
+    if width >= 8 and batch > 1:
+        assert not re.search(r"ld\.global[.\w]*[bu]16", ptx)
+        assert not re.search(SHORT_COPY, ptx)
+        rows, cols = tile.block_m, tile.block_k
+        if op == "sddmm":
+            rows, cols = cols, rows
+        buffers = tile.stages if arch == "sm_90" and rows >= 64 else tile.stages - 1
+        tiles_of_a_stage = cols * (rows + tile.block_n) * 2
+        assert compiled.shared >= buffers * tiles_of_a_stage
+    if arch == "sm_90" and height >= 64 and width >= 8 and batch > 16:
+        assert "wgmma" in ptx
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("op", ["linear", "sddmm"])
+def test_odd_widths_are_pipelined_as_even_ones(arch, op):
+    case, device = _case(op, "float16", (128, 16), tiles.BATCHES[-1]), DEVICES[arch]
+    widths = ("in_features", "out_features", "numel")
+    odd = _compile(case, device, ragged=True, odd=widths)
+    assert odd.shared == _compile(case, device).shared
+    assert not re.search(SHORT_COPY, odd.ptx)
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("op", ["linear", "sddmm"])
+def test_sums_in_parts(arch, op, tmp_path):
+    case = _case(op, "float16", (64, 16), 512)
+    assert _compile(case, DEVICES[arch], splits=4).spilled_bytes(tmp_path) == 0
+    constants = {"ACTIVATION": "gelu", "SPLITS": 4, "BLOCK": 1024}
+    reduce = linear_triton._reduce_kernel
+    options, parts = {"enable_fp_fusion": True}, ("parts_ptr",)
+    compiled = Compiled(reduce, "float16", DEVICES[arch], constants, options, wide=parts)
+    assert compiled.spilled_bytes(tmp_path) == 0
