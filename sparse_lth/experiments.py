@@ -17,12 +17,13 @@ from .chains import Chain, Plan, chain_path, grid, is_measured, ticket_path
 from .config import DATASETS
 from .data import DataError, load
 from .engine import EngineError, run_pool, run_ray
-from .files import write
+from .files import FormatError, write
+from .kernels import backend
 from .lottery import State
 from .measure import latencies, summarise
 from .models import NARROW, build, initialise
 from .page import write_page
-from .ticket import Ticket, TicketError
+from .ticket import Ticket
 from .training import TrainingError
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except results.ResultsError as error:
         parser.error(str(error))
-    except (DataError, EngineError, TicketError, TrainingError, OSError) as error:
+    except (DataError, EngineError, FormatError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -123,9 +124,8 @@ def measure(chains: Sequence[Chain], folder: Path, image: torch.Tensor) -> dict[
     for key, seconds in times.items():
         low, *_, high = quantiles(seconds, n=5)
         values = (median(seconds) * 1e6, low * 1e6, high * 1e6, reference / median(seconds))
-        measured[key] = dict(
-            zip(results.SPEED, (*values, machine["device"], machine["threads"]), strict=True)
-        )
+        values += (machine["device"], machine["threads"], backend(image).name)
+        measured[key] = dict(zip(results.SPEED, values, strict=True))
     write(path, json.dumps([[list(key), speed] for key, speed in measured.items()], indent=1))
     return measured
 

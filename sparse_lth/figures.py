@@ -50,10 +50,10 @@ def end_accuracy(training: Training) -> float:
 
 
 def tenth_accuracy(training: Training) -> float:
-    """Test accuracy after a tenth of the iterations, in percent."""
+    """Test accuracy after a tenth of the iterations, or where it is next known, in percent."""
     tenth = training[-1]["iteration"] / 10
-    tested = [row for row in training if row["test_accuracy"] is not None]
-    return 100 * min(tested, key=lambda row: abs(row["iteration"] - tenth))["test_accuracy"]
+    known = (r for r in training if r["iteration"] >= tenth and r["test_accuracy"] is not None)
+    return 100 * next(known)["test_accuracy"]
 
 
 def curves(trainings: list[Training]) -> Figure:
@@ -67,7 +67,7 @@ def curves(trainings: list[Training]) -> Figure:
         (0.036, "#d55e00"),
     ):
         network = nearest(networks, density)
-        _curve(left, network, f"{network[0][0]['density']:.1%}", colour)
+        _curve(left, network, f"{100 * network[0][0]['density']:.1f} %", colour)
     for method in ("winning ticket", "random reinit", "random mask"):
         network = nearest(select(trainings, method=method, blocksize="1x1"), 0.211)
         _curve(right, network, method, COLOURS[method])
@@ -123,6 +123,7 @@ def blocks(trainings: list[Training]) -> Figure:
     speed.set_yscale("log")
     _plain(speed.yaxis)
     speed.axhline(1, color="#999999", linewidth=0.8, linestyle=":")
+    _from_top(axes, 6)
     _label(axes, "", "weights kept (%)", "test accuracy at early stop (%)")
     return figure
 

@@ -101,7 +101,9 @@ def _context(trainings: list[Training]) -> str:
     )
     measured = [rows[-1] for rows in trainings if rows[-1]["device"]]
     if measured:
-        text += f" Latency: {measured[0]['device']}, {measured[0]['threads']:.0f} thread, batch 1."
+        machine = measured[0]
+        text += f" Latency: {machine['device']}, {machine['threads']:.0f} thread, "
+        text += f"{machine['backend']} backend, batch 1."
     return text
 
 

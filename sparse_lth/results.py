@@ -8,8 +8,9 @@ from pathlib import Path
 
 from . import files
 
-SPEED = ("latency_us", "latency_p20_us", "latency_p80_us", "speedup", "device", "threads")
-_TEXT = ("method", "model", "blocksize", "device")
+_TIMES = ("latency_us", "latency_p20_us", "latency_p80_us", "speedup")
+SPEED = (*_TIMES, "device", "threads", "backend")
+_TEXT = ("method", "model", "blocksize", "device", "backend")
 _NETWORK = ("method", "model", "blocksize", "replicate", "round")
 
 

@@ -62,7 +62,15 @@ def _rows():
                     }
                     if iteration == 200 and chain.replicate == 0:
                         width = int(chain.model.split("-")[1]) / 300
-                        speed = (100 * width, 90 * width, 120 * width, 1 / width, "made up", 1)
+                        speed = (
+                            100 * width,
+                            90 * width,
+                            120 * width,
+                            1 / width,
+                            "made up",
+                            1,
+                            "made up",
+                        )
                         row |= dict(zip(results.SPEED, speed, strict=True))
                     yield row
 
