@@ -93,7 +93,7 @@ def _context(trainings: list[Training]) -> str:
     late, total = cut_off(trainings)
     text = (
         f"{trainings[0][-1]['iteration']:,.0f} iterations for each of {total} networks, "
-        f"{replicates} replicates (seeds 0 to {replicates - 1}). The early stop is the iteration "
+        f"replicates of seeds 0 to {replicates - 1}. The early stop is the iteration "
         f"of least validation loss; {late} networks were still at it when training ended, which "
         "says that they were trained too briefly. A claim holds, or does not, where all replicates "
         "agree on the sign of the difference; else it is within noise. The difference is given as "
@@ -103,7 +103,8 @@ def _context(trainings: list[Training]) -> str:
     if measured:
         machine = measured[0]
         text += f" Latency: {machine['device']}, {machine['threads']:.0f} thread, "
-        text += f"{machine['backend']} backend, batch 1."
+        text += f"{machine['backend']} backend, batch 1; a dense network runs as plain layers or "
+        text += "in one call, as tickets do, whichever is faster."
     return text
 
 
