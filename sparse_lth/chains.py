@@ -30,15 +30,15 @@ class Plan:
     """The settings that all chains share.
 
     levels: the rounds of the paper's ladder that a chain trains; few_levels: those of the chains
-    that need not be dense. The test set is evaluated every test_every steps, at the early stop and
-    at the end, and nothing is chosen by it.
+    that need not be dense. The test set is evaluated every test_every steps, a multiple of every,
+    at the early stop and at the end, and nothing is chosen by it.
     """
 
     iterations: int = 5_000
     levels: tuple[int, ...] = (1, 3, 5, 7, 9, 11, 13, 15)
     few_levels: tuple[int, ...] = (3, 7, 11, 15)
     every: int = 100
-    test_every: int = 500
+    test_every: int = 200
     rewind_step: str = "500it"
     dataset: str = "mnist"
     data_dir: str = "data"
@@ -49,7 +49,7 @@ class Plan:
     def full(cls, **settings) -> "Plan":
         """The paper's protocol."""
         every_round = tuple(range(1, LAST + 1))
-        return cls(50_000, every_round, every_round, **settings)
+        return cls(50_000, every_round, every_round, test_every=500, **settings)
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _describe(chain: Chain, method: str, level: int, records: list[dict], second
     model, steps = chain.model.removeprefix("lenet-"), records[-1]["step"]
     return (
         f"{method}, {model}, {'x'.join(map(str, chain.blocksize))}, replicate {chain.replicate}, "
-        f"round {level} ({early['density']:.1%}): early stop at {early['step']} with "
+        f"round {level} ({100 * early['density']:.1f} %): early stop at {early['step']} with "
         f"{early['test_accuracy']:.2%}, {records[-1]['test_accuracy']:.2%} at the end; "
         f"{steps / seconds:.0f} iterations/s"
     )

@@ -51,13 +51,11 @@ def run_pool(plan: Plan, chains: Sequence[Chain], folder: Path, workers: int) ->
                 for future in as_completed(futures):
                     future.result()
                 return
-            except KeyboardInterrupt:  # the workers end with this process, and are not waited for
-                print("interrupted: the same command goes on", flush=True)
-                os._exit(130)
             except BrokenProcessPool:
                 print("a worker died: its chains go on after their last saved round", flush=True)
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                for worker in multiprocessing.active_children():
+                    worker.terminate()  # a round may take an hour
                 raise
     raise EngineError(f"expected the chains to end, but {ATTEMPTS} times a worker died")
 
@@ -77,7 +75,8 @@ def _follow_parent() -> None:
 def run_ray(plan: Plan, chains: Sequence[Chain], folder: Path, workers: int, address: str) -> None:
     """All chains as tasks of the cluster at `address`; "local" starts one here.
 
-    Every node needs this package and the results folder, at the same path, on a shared disk.
+    Every node needs this package and, at the same paths, the results folder, on a shared disk,
+    and the data.
     """
     try:
         import ray

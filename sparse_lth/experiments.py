@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -13,21 +14,23 @@ from statistics import median, quantiles
 import torch
 
 from . import results
-from .chains import Chain, Plan, chain_path, grid, is_measured, ticket_path
+from .chains import TICKET, Chain, Plan, chain_path, grid, is_measured, ticket_path
 from .config import DATASETS
 from .data import DataError, load
 from .engine import EngineError, run_pool, run_ray
-from .files import write
+from .files import FormatError, write
+from .kernels import backend
 from .lottery import State
 from .measure import latencies, summarise
 from .models import NARROW, build, initialise
 from .page import write_page
-from .ticket import Ticket, TicketError
+from .sequential import SparseSequential
+from .ticket import Ticket
 from .training import TrainingError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 done, 1 failed, 2 wrong flags."""
+    """The exit status: 0 done, 1 failed, 2 wrong flags, 130 interrupted."""
     parser = build_parser()
     flags = parser.parse_args(argv)
     try:
@@ -38,17 +41,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except results.ResultsError as error:
         parser.error(str(error))
-    except (DataError, EngineError, TicketError, TrainingError, OSError) as error:
+    except (DataError, EngineError, FormatError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
 
 
 def paper(flags: argparse.Namespace) -> None:
     """Runs what the results folder lacks, and leaves results.csv there."""
-    folder = flags.results
-    plan = (Plan.full if flags.full else Plan)(device=flags.device, data_dir=flags.data_dir)
+    folder = flags.results.resolve()  # workers elsewhere have working folders of their own
+    data_dir = str(Path(flags.data_dir).expanduser().resolve())
+    plan = (Plan.full if flags.full else Plan)(device=flags.device, data_dir=data_dir)
     if flags.iterations:
-        plan = replace(plan, iterations=flags.iterations)
+        late = f"{min(500, flags.iterations // 10)}it"
+        plan = replace(plan, iterations=flags.iterations, rewind_step=late)
     data = load(flags.dataset, plan.data_dir, "cpu", notify=print)
     plan = replace(plan, dataset=data.name)
     for name in ("chains", "tickets"):
@@ -94,33 +102,40 @@ def collect(chains: Sequence[Chain], folder: Path) -> list[dict]:
 def measure(chains: Sequence[Chain], folder: Path, image: torch.Tensor) -> dict[tuple, dict]:
     """The speed of the kept tickets as block-sparse layers and of the dense networks, one thread.
 
+    A dense network is run as plain layers and in one call, as tickets are, and the faster counts:
+    what is compared is sparsity.
+
     image: (1, 1, 28, 28) -> results.SPEED by (method, model, blocksize, round), once for a folder
     """
     path = folder / "latency.json"
     if path.exists():
         return {tuple(key): speed for key, speed in json.loads(path.read_text())}
     torch.set_num_threads(1)
-    networks, dense = {}, None
-    for chain in chains:
-        for level in (0, *chain.levels) if is_measured(chain) else ():
+    networks = {}
+    for chain in filter(is_measured, chains):
+        for level in (0, *chain.levels):
             ticket = Ticket.load(ticket_path(folder, chain, level))
             key = (chain.method, chain.model, "x".join(map(str, chain.blocksize)), level)
-            dense = dense or (ticket, key)
-            networks[key] = ticket.sparse_network(chain.blocksize)
+            networks[key, "one call"] = ticket.sparse_network(chain.blocksize)
+            if level == 0:
+                networks[key, "layers"] = ticket.dense_network()
     for name in NARROW:
         network = build(name)
         network.load_state_dict(initialise(network, torch.Generator()), assign=True)
-        networks["dense", name, "1x1", 0] = network.eval()
-    times = latencies(networks, image)
-    ticket, key = dense
-    machine, reference = summarise(ticket, "cpu"), median(times[key])
+        key = ("dense", name, "1x1", 0)
+        networks[key, "layers"] = network.eval()
+        networks[key, "one call"] = SparseSequential(OrderedDict(network.named_children())).eval()
+    times = {}
+    for (key, _), seconds in latencies(networks, image).items():
+        times[key] = min(times.get(key, seconds), seconds, key=median)
+    machine = summarise(ticket, "cpu")
+    context = (machine["device"], machine["threads"], backend(image).name)
+    dense = median(times[TICKET, "lenet-300-100", "1x1", 0])
     measured = {}
     for key, seconds in times.items():
         low, *_, high = quantiles(seconds, n=5)
-        values = (median(seconds) * 1e6, low * 1e6, high * 1e6, reference / median(seconds))
-        measured[key] = dict(
-            zip(results.SPEED, (*values, machine["device"], machine["threads"]), strict=True)
-        )
+        values = (1e6 * median(seconds), 1e6 * low, 1e6 * high, dense / median(seconds))
+        measured[key] = dict(zip(results.SPEED, (*values, *context), strict=True))
     write(path, json.dumps([[list(key), speed] for key, speed in measured.items()], indent=1))
     return measured
 
@@ -155,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--data_dir",
-        default=os.environ.get("SPARSE_LTH_DATA", Plan.data_dir),
+        default=os.environ.get("SPARSE_LTH_DATA", "data"),
         help="torchvision's root; $SPARSE_LTH_DATA gives another default",
     )
     add("--device", default="cpu", choices=("cpu", "cuda"), help="of the training (default: cpu)")

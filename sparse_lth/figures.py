@@ -8,9 +8,9 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .results import Training, early_stop, select
+from .results import ResultsError, Training, early_stop, select
 
 COLOURS = {  # Okabe and Ito's: distinct to the colour-blind too
     "winning ticket": "#0072b2",
@@ -50,10 +50,10 @@ def end_accuracy(training: Training) -> float:
 
 
 def tenth_accuracy(training: Training) -> float:
-    """Test accuracy after a tenth of the iterations, in percent."""
+    """Test accuracy after a tenth of the iterations, or where it is next known, in percent."""
     tenth = training[-1]["iteration"] / 10
-    tested = [row for row in training if row["test_accuracy"] is not None]
-    return 100 * min(tested, key=lambda row: abs(row["iteration"] - tenth))["test_accuracy"]
+    known = (r for r in training if r["iteration"] >= tenth and r["test_accuracy"] is not None)
+    return 100 * next(known)["test_accuracy"]
 
 
 def curves(trainings: list[Training]) -> Figure:
@@ -67,14 +67,13 @@ def curves(trainings: list[Training]) -> Figure:
         (0.036, "#d55e00"),
     ):
         network = nearest(networks, density)
-        _curve(left, network, f"{network[0][0]['density']:.1%}", colour)
+        _curve(left, network, f"{100 * network[0][0]['density']:.1f} %", colour)
     for method in ("winning ticket", "random reinit", "random mask"):
         network = nearest(select(trainings, method=method, blocksize="1x1"), 0.211)
         _curve(right, network, method, COLOURS[method])
     for axes, title in ((left, "winning tickets"), (right, "at 21.1 %")):
         _label(axes, title, "iteration", "test accuracy (%)")
-        top = max(line.get_ydata().max() for line in axes.get_lines())
-        axes.set_ylim(top - 4, top + 0.4)
+        _from_top(axes, 4)
     return figure
 
 
@@ -124,6 +123,7 @@ def blocks(trainings: list[Training]) -> Figure:
     speed.set_yscale("log")
     _plain(speed.yaxis)
     speed.axhline(1, color="#999999", linewidth=0.8, linestyle=":")
+    _from_top(axes, 6)
     _label(axes, "", "weights kept (%)", "test accuracy at early stop (%)")
     return figure
 
@@ -137,6 +137,7 @@ def latency(trainings: list[Training]) -> Figure:
     _against_latency(axes, dense_networks(trainings), "dense, narrower", COLOURS["dense"])
     axes.set_xscale("log")
     _plain(axes.xaxis)
+    _from_top(axes, 6)
     _label(axes, "", "latency at batch 1 (µs, log scale)", "test accuracy at early stop (%)")
     return figure
 
@@ -147,7 +148,9 @@ def dense_networks(trainings: list[Training]) -> list[list[Training]]:
 
 
 def nearest(networks: list[list[Training]], density: float) -> list[Training]:
-    """The network whose density is nearest to this."""
+    """The network whose density is nearest to this; ResultsError where there is none."""
+    if not networks:
+        raise ResultsError("expected results of the whole grid, got none of a network to be drawn")
     return min(networks, key=lambda network: abs(network[0][0]["density"] - density))
 
 
@@ -176,7 +179,7 @@ def _against_density(
     _bars(axes, x, networks, measure, label, COLOURS[label])
     axes.set_xscale("log")
     _plain(axes.xaxis)
-    axes.set_xlim(120, min([*x, 3]) * 0.85)
+    axes.set_xlim(120, 3)
 
 
 def _against_latency(axes: Axes, networks: list[list[Training]], label: str, colour: str) -> None:
@@ -201,8 +204,16 @@ def _bars(
     axes.errorbar(x, y, errors, color=colour, label=label, marker="o", markersize=4, capsize=2)
 
 
+def _from_top(axes: Axes, points: float) -> None:
+    """Shows so many points of accuracy: below are networks that have hardly learned."""
+    top = max(max(line.get_ydata()) for line in axes.get_lines())
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, top - points), min(high, top + points / 10))
+
+
 def _plain(axis) -> None:
     """Numbers as they are said, on a log axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

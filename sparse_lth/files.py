@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from uuid import uuid4
 
 import safetensors
 import safetensors.torch
@@ -19,7 +20,8 @@ def write(path: str | Path, content: bytes | str) -> None:
     Raises OSError naming the file, and leaves the old content, when the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
+    # a name of its own: a lost worker may still be at the same file as the one that replaces it
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

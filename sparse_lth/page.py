@@ -76,9 +76,10 @@ def write_page(trainings: list[Training], folder: Path) -> Path:
             f"<h2>{escape(title)}</h2>\n"
             f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{source}">\n{table}'
         )
-    counts = [f"{sum(c.verdict == v for c in claims)} {v}" for v in TONES]
+    held, failed, noise = (sum(claim.verdict == v for claim in claims) for v in TONES)
     page = PAGE.substitute(
-        headline=f"Of {len(claims)} claims, {', '.join(counts)}.",
+        headline=f"Of {len(claims)} claims {held} hold, {failed} do not, "
+        f"and in {noise} the difference is within noise.",
         context=escape(_context(trainings)),
         sections="\n".join(sections),
     )
@@ -92,7 +93,7 @@ def _context(trainings: list[Training]) -> str:
     late, total = cut_off(trainings)
     text = (
         f"{trainings[0][-1]['iteration']:,.0f} iterations for each of {total} networks, "
-        f"{replicates} replicates (seeds 0 to {replicates - 1}). The early stop is the iteration "
+        f"replicates of seeds 0 to {replicates - 1}. The early stop is the iteration "
         f"of least validation loss; {late} networks were still at it when training ended, which "
         "says that they were trained too briefly. A claim holds, or does not, where all replicates "
         "agree on the sign of the difference; else it is within noise. The difference is given as "
@@ -100,7 +101,10 @@ def _context(trainings: list[Training]) -> str:
     )
     measured = [rows[-1] for rows in trainings if rows[-1]["device"]]
     if measured:
-        text += f" Latency: {measured[0]['device']}, {measured[0]['threads']:.0f} thread, batch 1."
+        machine = measured[0]
+        text += f" Latency: {machine['device']}, {machine['threads']:.0f} thread, "
+        text += f"{machine['backend']} backend, batch 1; a dense network runs as plain layers or "
+        text += "in one call, as tickets do, whichever is faster."
     return text
 
 

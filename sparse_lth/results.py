@@ -8,8 +8,9 @@ from pathlib import Path
 
 from . import files
 
-SPEED = ("latency_us", "latency_p20_us", "latency_p80_us", "speedup", "device", "threads")
-_TEXT = ("method", "model", "blocksize", "device")
+_TIMES = ("latency_us", "latency_p20_us", "latency_p80_us", "speedup")
+SPEED = (*_TIMES, "device", "threads", "backend")
+_TEXT = ("method", "model", "blocksize", "device", "backend")
 _NETWORK = ("method", "model", "blocksize", "replicate", "round")
 
 
@@ -39,6 +40,8 @@ def read(path: Path) -> list[Training]:
             for row in csv.DictReader(file):
                 row = {name: _value(name, text) for name, text in row.items()}
                 trainings[tuple(row[name] for name in _NETWORK)].append(row)
+        if not trainings:
+            raise ValueError("it has no rows")
         return [sorted(rows, key=lambda row: row["iteration"]) for rows in trainings.values()]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ResultsError(f"expected a results file, got {path}: {error}") from error
