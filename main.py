@@ -110,7 +110,8 @@ def resumed_config(run_dir: Path, flags: dict) -> RunConfig:
     given = new_config(flags)
     for name in flags.keys() - {"data_dir"}:
         was, now = getattr(saved, name), getattr(given, name)
-        if was != now and flags[name] != "auto":
+        found_out = name in ("dataset", "device") and flags[name] == "auto"
+        if was != now and not found_out:
             raise ValueError(f"--{name}: expected {was}, as the run to resume has it, got {now}")
     return replace(saved, data_dir=given.data_dir) if "data_dir" in flags else saved
 
@@ -129,8 +130,7 @@ def new_run_dir(out_dir: Path | None) -> Path:
 
 def describe(config: RunConfig) -> str:
     """The first line of a run."""
-    rate = 1 - (1 - config.prune_pc) ** (1 / config.prune_rounds)
-    pace = f"{config.prune_rounds} rounds, {rate:.1%} of what is left in each"
+    pace = f"{config.prune_rounds} rounds, {config.rate:.1%} of what is left in each"
     text = (
         f"{config.model} on {config.dataset}: pruning {config.prune_pc:.0%} of the weights in "
         f"{'one shot' if config.one_shot else pace}, "

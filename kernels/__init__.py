@@ -42,11 +42,12 @@ def linear(
     x: (batch, in_features); values: (nnz, C, R); bias: (out_features,); all of one floating dtype
     and device, else ValueError; activation: "none", "relu" or "gelu" -> (batch, out_features)
     """
-    if x.dtype != values.dtype or x.device != values.device:
-        raise ValueError(
-            f"expected x in {values.dtype} on {values.device}, as the weight is, "
-            f"got {x.dtype} on {x.device}"
-        )
+    for name, t in (("x", x), ("bias", values if bias is None else bias)):
+        if t.dtype != values.dtype or t.device != values.device:
+            raise ValueError(
+                f"expected {name} in {values.dtype} on {values.device}, as the weight is, "
+                f"got {t.dtype} on {t.device}"
+            )
     if activation == "gelu" and torch.is_grad_enabled():  # its gradient needs what went in
         return F.gelu(linear(x, values, pattern, bias, out_features))
     if is_traced(x):

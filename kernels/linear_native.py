@@ -91,11 +91,13 @@ class Chain:
     loading a `state_dict` with other blocks does, needs a new chain.
     """
 
+    MAX_LAYERS = _native.MAX_LAYERS if _native else 0
+
     def __init__(self, layers: list[ChainLayer]):
         if _native is None:
             raise RuntimeError(f"native kernels are {WHY_NOT}")
-        if not 1 <= len(layers) <= _native.MAX_LAYERS:
-            raise ValueError(f"expected 1 to {_native.MAX_LAYERS} layers, got {len(layers)}")
+        if not 1 <= len(layers) <= self.MAX_LAYERS:
+            raise ValueError(f"expected 1 to {self.MAX_LAYERS} layers, got {len(layers)}")
         for before, after in pairwise(layers):
             if before.out_features != after.in_features:
                 raise ValueError(

@@ -56,6 +56,7 @@ static int n_usable;
 
 static void find_usable(void)
 {
+    n_usable = 0;
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
@@ -398,6 +399,8 @@ PyMODINIT_FUNC PyInit__native(void)
     openmp = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
     pthread_atfork(NULL, NULL, after_fork);
     PyObject *m = PyModule_Create(&module), *names = PyTuple_New(n_usable);
+    if (!m || !names)
+        return NULL;
     for (int i = 0; i < n_usable; i++)
         PyTuple_SET_ITEM(names, i, PyUnicode_FromString(usable[i]->name));
     PyModule_AddIntMacro(m, MAX_LAYERS);

@@ -26,6 +26,7 @@ class Pattern(NamedTuple):
     @classmethod
     def from_indices(cls, crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> "Pattern":
         """Derives the rest from valid indices; `block_cols` is ceil(in_features / C)."""
+        crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
         per_row = crow_indices.diff()
         rows = torch.arange(len(per_row), device=per_row.device)
         row_indices = rows.repeat_interleave(per_row, output_size=len(col_indices))

@@ -52,10 +52,10 @@ def validate(
     nnz, C, R = values.shape
     rows, cols = grid_shape(shape, (R, C))
     for name, indices in (("crow_indices", crow_indices), ("col_indices", col_indices)):
-        if indices.dtype != torch.int32 or indices.dim() != 1:
+        if indices.dtype != torch.int32 or indices.dim() != 1 or not indices.is_contiguous():
             raise ValueError(
-                f"expected {name} to be a vector of int32, "
-                f"got {indices.dtype} of shape {tuple(indices.shape)}"
+                f"expected {name} to be a contiguous vector of int32, "
+                f"got {indices.dtype} of shape {tuple(indices.shape)}, strides {indices.stride()}"
             )
     if len(crow_indices) != rows + 1:
         raise ValueError(

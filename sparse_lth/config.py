@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from .bsr import grid_shape
 from .masks import layer_densities
-from .models import MODELS, build
+from .models import MODELS, build, weight_layers
 
 SCOPES = ("layerwise", "global")
 TRAIN_SPARSE = ("auto", "on", "off")
@@ -75,7 +76,14 @@ class RunConfig:
                 self._expect(name, "two sizes of at least 1", min(blocksize) >= 1)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: expected cpu or auto, since torch sees no GPU here, got cuda")
-        self.layer_densities(1)  # raises where a block does not fit
+        densities = self.layer_densities(self.rounds)  # raises where a block does not fit
+        for name, layer in weight_layers(build(self.model)).items():
+            blocks = math.prod(grid_shape(layer.weight.flatten(1).shape, self.blocksize))
+            if self.scope == "layerwise" and round(densities.get(name, 1) * blocks) == 0:
+                raise ValueError(
+                    f"prune_pc: expected to leave at least one of the {blocks} blocks of {name}, "
+                    f"got {self.prune_pc}"
+                )
 
     def _expect(self, name: str, expected: str, holds: bool) -> None:
         if not holds:
@@ -86,14 +94,18 @@ class RunConfig:
         """How many follow the dense round 0."""
         return 1 if self.one_shot else self.prune_rounds
 
+    @property
+    def rate(self) -> float:
+        """The fraction of the weights still alive that one round prunes."""
+        return 1 - (1 - self.prune_pc) ** (1 / self.prune_rounds)
+
     def layer_densities(self, round: int) -> dict[str, float]:
         """Density of each layer that is pruned, after `round` rounds (masks.layer_densities)."""
-        rate = 1 - (1 - self.prune_pc) ** (1 / self.prune_rounds)
         round = round * self.prune_rounds if self.one_shot else round
-        return layer_densities(build(self.model), rate, round, self.blocksize, self.scope)
+        return layer_densities(build(self.model), self.rate, round, self.blocksize, self.scope)
 
     def search_settings(self) -> dict:
-        """What decides the ticket, as JSON holds it: everything but where the data lies."""
+        """What a ticket says of its run, as JSON holds it: everything but where the data lay."""
         return {name: value for name, value in asdict(self).items() if name != "data_dir"}
 
     @classmethod
@@ -101,7 +113,7 @@ class RunConfig:
         """The inverse of dataclasses.asdict, JSON's lists made tuples again."""
         try:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
             raise ValueError(f"expected the settings of a run, got {settings}: {error}") from error
 
 

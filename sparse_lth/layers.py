@@ -18,7 +18,8 @@ class SparseLinear(nn.Module):
     The constructor keeps `round(density * grid)` random blocks and initialises as `nn.Linear`
     does with the inputs that an output has on average; `from_dense` converts a pruned layer.
     Everything it holds is an ordinary tensor, so `state_dict`, `deepcopy`, `pickle`, optimizers,
-    `.to()` and `torch.compile` work as on any module. Loading a `state_dict` takes its blocks too.
+    `.to()` and `torch.compile` work as on any module. Loading a `state_dict` takes its blocks too,
+    and is the way to fill a layer that was made on the meta device.
 
     values: Parameter (nnz_blocks, C, R); bias: Parameter (out_features,) or None
     crow_indices: int32 (block_rows + 1,); col_indices: int32 (nnz_blocks,)
@@ -51,9 +52,9 @@ class SparseLinear(nn.Module):
         self.blocksize, self.activation = tuple(blocksize), activation
         R, C = blocksize
         rows, cols = bsr.grid_shape((out_features, in_features), blocksize)
-        kept = (
-            torch.randperm(rows * cols, device="cpu")[: round(density * rows * cols)].sort().values
-        )
+        count = round(density * rows * cols)
+        order = torch.randperm(rows * cols if count else 0, device="cpu")
+        kept = order[:count].sort().values
         self.values = nn.Parameter(torch.empty(len(kept), C, R, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         if bias:
@@ -86,19 +87,22 @@ class SparseLinear(nn.Module):
         mask: (out_features, in_features), nonzero = kept. Without one, the layer's `weight_mask`
         if `torch.nn.utils.prune` put one there, else where its weight is not zero.
         """
-        pruned = getattr(linear, "weight_mask", None)
-        # under prune, `linear.weight` is as old as the last forward pass
-        weight = linear.weight if pruned is None else linear.weight_orig * pruned
-        weight = weight.detach()
+        weight, bias = _current(linear, "weight"), _current(linear, "bias")
         if mask is None:
-            mask = weight != 0 if pruned is None else pruned
+            mask = getattr(linear, "weight_mask", weight != 0)
+        if min(blocksize) < 1:
+            raise ValueError(f"expected a positive blocksize, got {tuple(blocksize)}")
         if mask.shape != weight.shape:
             raise ValueError(
                 f"expected a mask of shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
             )
-        bias = None if linear.bias is None else linear.bias.detach().clone()
-        blocks = bsr.from_dense(weight, mask.to(weight.device), blocksize)
-        return cls.from_blocks(linear.in_features, linear.out_features, *blocks, bias)
+        blocks = bsr.from_dense(weight.detach(), mask.to(weight.device), blocksize)
+        copied = None if bias is None else bias.detach().clone()
+        layer = cls.from_blocks(linear.in_features, linear.out_features, *blocks, copied)
+        layer.values.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            layer.bias.requires_grad_(bias.requires_grad)
+        return layer
 
     @classmethod
     def from_blocks(
@@ -113,8 +117,11 @@ class SparseLinear(nn.Module):
     ) -> "SparseLinear":
         """A layer on these tensors, in the format of the class; ValueError if they do not fit."""
         bsr.validate(values, crow_indices, col_indices, (out_features, in_features))
-        if bias is not None and bias.shape != (out_features,):
-            raise ValueError(f"expected a bias of shape ({out_features},), got {tuple(bias.shape)}")
+        if bias is not None and (bias.shape, bias.dtype) != ((out_features,), values.dtype):
+            raise ValueError(
+                f"expected a bias of shape ({out_features},) and {values.dtype}, "
+                f"got {tuple(bias.shape)} and {bias.dtype}"
+            )
         _, C, R = values.shape
         layer = cls(in_features, out_features, bias is not None, (R, C), 0.0, activation, "meta")
         layer.values = nn.Parameter(values)
@@ -128,7 +135,8 @@ class SparseLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
         values, bias, device = self.values, self.bias, x.device.type
-        if torch.is_autocast_enabled(device):
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if autocast and x.dtype != torch.float64:  # as nn.Linear has it
             dtype = torch.get_autocast_dtype(device)
             x, values = x.to(dtype), values.to(dtype)
             bias = None if bias is None else bias.to(dtype)
@@ -159,7 +167,7 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, "
         text += f"bias={self.bias is not None}, blocksize={self.blocksize}, "
-        text += f"density={self.density:.4f}"
+        text += f"density={'unknown' if self.values.is_meta else format(self.density, '.4f')}"
         return text if self.activation == "none" else f"{text}, activation={self.activation}"
 
     def _inside(self) -> Tensor:
@@ -182,9 +190,10 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """Takes the blocks of the `state_dict` as well as their values, once they are valid."""
         names = ("values", "crow_indices", "col_indices")
-        found = [state_dict.get(prefix + name) for name in names]
-        if all(tensor is not None for tensor in found):
-            values, crow_indices, col_indices = found
+        if any(prefix + name in state_dict for name in names):
+            values, crow_indices, col_indices = (
+                state_dict.get(prefix + name, getattr(self, name)) for name in names
+            )
             bsr.validate(values, crow_indices, col_indices, (self.out_features, self.in_features))
             if values.shape[:0:-1] != self.blocksize:
                 raise ValueError(
@@ -199,6 +208,16 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
+def _current(linear: nn.Linear, name: str) -> Tensor | None:
+    """The weight or bias that the next forward pass computes with.
+
+    Under `torch.nn.utils.prune` the attribute is as old as the last forward pass.
+    """
+    if hasattr(linear, f"{name}_mask"):
+        return getattr(linear, f"{name}_orig") * getattr(linear, f"{name}_mask")
+    return getattr(linear, name)
+
+
 def sparsify_(
     model: nn.Module,
     blocksize: tuple[int, int] = (16, 16),
@@ -206,8 +225,8 @@ def sparsify_(
 ) -> nn.Module:
     """Replaces, in place, every linear layer that has an empty block by a `SparseLinear`.
 
-    filter_fn(module, name) says which layers may be replaced, by default all; returns `model`,
-    or the new layer if `model` is itself a linear layer.
+    filter_fn(module, name) says which layers may be replaced, by default all; hooks of a layer go
+    with it. Returns `model`, or the new layer if `model` is itself a linear layer.
     """
     replaced = {}  # a layer that is shared stays shared
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -159,7 +159,8 @@ def train_round(config: RunConfig, data: Dataset, state: State) -> Iterator[Stat
                 epoch=epoch,
                 step=step,
                 weights=effective_weights(model),
-                generator=epoch_start if left else generator.get_state(),
+                # a round that ends inside an epoch leaves its order to no other
+                generator=epoch_start if left and step < total else generator.get_state(),
                 optimizer=_optimizer_state(model, optimizer),
                 history=(*state.history, record),
             )
@@ -171,9 +172,12 @@ def train_round(config: RunConfig, data: Dataset, state: State) -> Iterator[Stat
 
 def _evaluate(model: nn.Module, data: Dataset, train_loss: float, tested: bool) -> dict:
     """What a record says of the network. TrainingError if the loss is not finite."""
-    if not math.isfinite(train_loss):
-        raise TrainingError(f"expected a finite training loss, got {train_loss}: try a lower --lr")
     loss, accuracy = evaluate(model, data.validation)
+    if not math.isfinite(train_loss + loss):
+        raise TrainingError(
+            f"expected a finite loss, got {train_loss} in training and {loss} in validation: "
+            "try a lower --lr"
+        )
     record = {
         "train_loss": train_loss,
         "validation_loss": loss,

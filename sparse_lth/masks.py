@@ -71,23 +71,19 @@ def layer_densities(
     cannot serve stay dense and are left out: convolutions, and an output layer smaller than one.
     Raises ValueError when a block is larger than another layer.
     """
-    densities = {}
-    *hidden, output = weight_layers(model).items()
-    for name, layer in (*hidden, output):
-        fits = all(
-            size >= block for size, block in zip(layer.weight.shape, blocksize, strict=False)
-        )
-        if blocksize != (1, 1) and not isinstance(layer, nn.Linear):
+    layers, densities = weight_layers(model), {}
+    for name, layer in layers.items():
+        last = name == next(reversed(layers))
+        if blocksize != (1, 1) and isinstance(layer, nn.Conv2d):
             continue
-        if not fits and layer is output[1]:
-            continue
-        if not fits:
+        if any(size < block for size, block in zip(layer.weight.shape, blocksize, strict=False)):
+            if last:
+                continue
             raise ValueError(
                 f"blocksize: expected blocks of at most {tuple(layer.weight.shape)} to fit "
                 f"{name}, got {blocksize}"
             )
-        half = layer is output[1] and scope == "layerwise"
-        densities[name] = (1 - rate / 2 if half else 1 - rate) ** round
+        densities[name] = (1 - rate / (2 if last and scope == "layerwise" else 1)) ** round
     return densities
 
 

@@ -6,27 +6,34 @@ from torch import Tensor, nn
 from .kernels import Chain, ChainLayer, backend, is_traced
 from .layers import SparseLinear
 
+SMALL = 1 << 16  # weights of a dense layer that a chain may take: on larger ones torch is faster
+
 
 class SparseSequential(nn.Sequential):
     """`nn.Sequential`: the same modules, names, `state_dict` and results, to rounding.
 
-    Without gradients, and where the native kernels run, the linear layers and ReLUs at its end, a
-    flattening before them included, are one call that takes a chunk of the batch through all of
-    them while it is in cache. It trains, compiles, exports and moves to a GPU as usual.
+    Without gradients, and where the native kernels run, its end becomes one call that takes a chunk
+    of the batch through all layers while it is in cache: block-sparse layers, small dense ones,
+    ReLUs, and a flattening before them. It trains, compiles, exports and moves to a GPU as usual.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """x: whatever the first module takes"""
-        if torch.is_grad_enabled() or is_traced(x) or backend(x).name != "native":
+        if (
+            torch.is_grad_enabled()
+            or is_traced(x)
+            or backend(x).name != "native"
+            or torch.is_autocast_enabled("cpu")
+        ):
             return super().forward(x)
         modules = list(self._modules.values())
-        key = [id(part) for module in modules for part in _parts(module)]
+        parts = [part for module in modules for part in _parts(module)]
+        key = [id(part) for part in parts]
         if key != self.__dict__.get("_key"):
             start = _tail(modules)
-            # the chain's tensors stay alive with it, and so their ids stay theirs
-            self._chain = start, _chain(modules[start:]), [_parts(m) for m in modules]
-            self._key = key
-        start, chain, _ = self._chain
+            # what the key names stays alive with it, so that no id comes back for another object
+            self._key, self._cached = key, (start, _chain(modules[start:]), parts)
+        start, chain, _ = self._cached
         if chain is None:
             return super().forward(x)
         for module in modules[:start]:
@@ -41,36 +48,53 @@ class SparseSequential(nn.Sequential):
         return y.view(*x.shape[:-1], chain.out_features)
 
     def __getstate__(self):
-        return {k: v for k, v in super().__getstate__().items() if k not in ("_chain", "_key")}
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_cached", "_key")}
 
 
 def _parts(module: nn.Module) -> tuple:
     """What a chain was made of: when one of these is another object, it has to be made anew."""
-    return module, *module._parameters.values(), module._buffers.get("col_indices")
+    own = vars(module)  # attribute look-ups would cost as much as a small layer
+    indices = own["_buffers"].get("col_indices")
+    return module, *own["_parameters"].values(), own.get("activation"), indices, _is_plain(module)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    linear = type(module) is nn.Linear
-    return linear or (type(module) is SparseLinear and module.activation != "gelu")
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module is that of its class: no hooks, no forward of its own."""
+    own = vars(module)
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a chain can take it: plain float32 parameters on the CPU, no gelu."""
+    if type(module) is nn.Linear:
+        weight = module._parameters.get("weight")
+        fits = weight is not None and weight.numel() <= SMALL
+    else:
+        weight = module._parameters.get("values") if type(module) is SparseLinear else None
+        fits = weight is not None and module.activation != "gelu"
+    tensors = [t for t in module._parameters.values() if t is not None]
+    return fits and all(
+        t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors
+    )
 
 
 def _tail(modules: list[nn.Module]) -> int:
     """Where the part begins that a chain can be: [Flatten] Linear [ReLU] Linear ... at the end."""
     start = len(modules)
-    for i in reversed(range(len(modules))):
-        module = modules[i]
-        plain = not (module._forward_hooks or module._forward_pre_hooks)
-        if plain and _is_linear(module):
+    for i, module in reversed(list(enumerate(modules))):
+        if not _is_plain(module):
+            break
+        if _is_layer(module):
             start = i
-        elif plain and type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
+        elif type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
             return i if start == i + 1 else start
-        elif not (plain and type(module) is nn.ReLU):
+        elif type(module) is not nn.ReLU:
             break
     return start
 
 
 def _chain(modules: list[nn.Module]) -> Chain | None:
-    """None where there is no linear layer, or one that is not float32."""
+    """None where there is no block-sparse layer, or more layers than a call takes."""
     layers = []
     for module in modules:
         if isinstance(module, nn.ReLU):
@@ -81,7 +105,5 @@ def _chain(modules: list[nn.Module]) -> Chain | None:
         elif isinstance(module, nn.Linear):
             sizes = module.in_features, module.out_features
             layers.append(ChainLayer(module.weight, None, module.bias, *sizes))
-    tensors = [t for layer in layers for t in (layer.values, layer.bias) if t is not None]
-    if not layers or any(t.dtype != torch.float32 or not t.is_cpu for t in tensors):
-        return None
-    return Chain(layers)
+    sparse = any(layer.pattern is not None for layer in layers)
+    return Chain(layers) if sparse and len(layers) <= Chain.MAX_LAYERS else None

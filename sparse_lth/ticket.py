@@ -59,7 +59,8 @@ class Ticket:
         """The ticket of a round that is trained and tested."""
         rounds = tuple(record for record in state.history if "test_accuracy" in record)
         settings = config.search_settings()
-        return cls(settings, state.init, state.masks, state.weights, rounds)
+        trained = {name: weight.cpu().clone() for name, weight in state.weights.items()}
+        return cls(settings, state.init, state.masks, trained, rounds)
 
     def network(self, weights: str = "trained") -> nn.Module:
         """The network under the masks of torch's prune; weights: "trained" or "init" (θ₀)."""
@@ -86,18 +87,30 @@ class Ticket:
         """Raises TicketError, naming what is wrong, unless the file holds a whole ticket."""
         tensors, about = _load(path, "ticket", ("settings", "rounds"))
         settings, rounds = about["settings"], about["rounds"]
-        model = _build(path, settings.get("model"))
+        try:  # whether there is a GPU here does not matter to a ticket
+            known = RunConfig.from_dict({**settings, "device": "cpu"}).search_settings()
+        except (TypeError, ValueError) as error:
+            raise TicketError(f"{path}: expected the settings of a run: {error}") from error
+        if settings.keys() != known.keys():
+            raise TicketError(f"{path}: expected settings {sorted(known)}, got {sorted(settings)}")
+        try:
+            tested = [float(record["test_accuracy"]) for record in rounds]
+        except (KeyError, TypeError, ValueError):
+            tested = []
+        if not tested:
+            raise TicketError(f"{path}: expected a test_accuracy for every round, got {rounds}")
+        model = build(settings["model"])
         init, masks, trained = (split_prefix(tensors, n) for n in ("init", "masks", "trained"))
         parameters = dict(model.named_parameters())
         weights = {name: layer.weight for name, layer in weight_layers(model).items()}
-        _expect_like(path, "init", init, parameters, torch.float32)
-        _expect_like(path, "trained", trained, parameters, torch.float32)
+        if len(tensors) != len(init) + len(masks) + len(trained):
+            raise TicketError(f"{path}: expected init, masks and trained, got {sorted(tensors)}")
+        _expect_like(path, "init", init, parameters)
+        _expect_like(path, "trained", trained, parameters)
         _expect_like(path, "masks", masks, weights, torch.bool)
         for name, mask in masks.items():
             if trained[f"{name}.weight"][~mask].any():
                 raise TicketError(f"{path}: expected trained.{name}.weight to be 0 where pruned")
-        if not rounds or any("test_accuracy" not in record for record in rounds):
-            raise TicketError(f"{path}: expected a test_accuracy for every round, got {rounds}")
         return cls(settings, init, masks, trained, tuple(rounds))
 
 
@@ -115,7 +128,12 @@ def load_sparse(path: str | Path) -> SparseSequential:
     Raises TicketError, naming what is wrong, unless the file holds a whole model.
     """
     tensors, about = _load(path, "model", ("model", "layers"))
-    network = SparseSequential(OrderedDict(_build(path, about["model"]).named_children()))
+    if about["model"] not in (*MODELS,) or not isinstance(about["layers"], list):
+        raise TicketError(
+            f"{path}: expected a model of {', '.join(MODELS)} and a list of layers, "
+            f"got {about['model']!r} and {about['layers']!r}"
+        )
+    network = SparseSequential(OrderedDict(build(about["model"]).named_children()))
     for name in about["layers"]:
         dense = dict(network.named_modules()).get(name)
         if not isinstance(dense, nn.Linear):
@@ -123,6 +141,8 @@ def load_sparse(path: str | Path) -> SparseSequential:
         part = split_prefix(tensors, name)
         try:
             layer = SparseLinear.from_blocks(dense.in_features, dense.out_features, **part)
+            if layer.bias is None:
+                raise ValueError("expected a bias, got none")
         except (TypeError, ValueError) as error:
             raise TicketError(f"{path}: {name}: {error}") from error
         setattr(network, name, layer)
@@ -145,15 +165,9 @@ def _load(path: str | Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str,
     except (OSError, FormatError) as error:
         raise TicketError(str(error)) from error
     for key in keys:
-        if key not in about:
-            raise TicketError(f"{path}: expected {key!r} in the metadata, got {sorted(about)}")
+        if not isinstance(about, dict) or key not in about:
+            raise TicketError(f"{path}: expected {key!r} in the metadata, got {about}")
     return tensors, about
-
-
-def _build(path: str | Path, name: str) -> nn.Module:
-    if name not in MODELS:
-        raise TicketError(f"{path}: expected a model of {', '.join(MODELS)}, got {name!r}")
-    return build(name)
 
 
 def _expect_like(
@@ -161,16 +175,17 @@ def _expect_like(
     group: str,
     tensors: dict[str, Tensor],
     like: dict[str, Tensor],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """The same names and shapes, this dtype, and finite numbers."""
+    """The same names and shapes, this dtype but for int32 indices, and finite numbers."""
     if tensors.keys() != like.keys():
         raise TicketError(f"{path}: expected {group} tensors {sorted(like)}, got {sorted(tensors)}")
     for name, tensor in tensors.items():
-        if tensor.shape != like[name].shape or tensor.dtype != (dtype or tensor.dtype):
+        expected = like[name].shape, torch.int32 if name.endswith("_indices") else dtype
+        if (tensor.shape, tensor.dtype) != expected:
             raise TicketError(
-                f"{path}: expected {group} {name} of shape {tuple(like[name].shape)}"
-                f"{f' and {dtype}' if dtype else ''}, got {tuple(tensor.shape)}, {tensor.dtype}"
+                f"{path}: expected {group} {name} of shape {tuple(expected[0])} and {expected[1]}, "
+                f"got {tuple(tensor.shape)}, {tensor.dtype}"
             )
         if not tensor.isfinite().all():
             raise TicketError(f"{path}: expected finite numbers in {group} {name}")

@@ -277,3 +277,53 @@ def test_sparsify_of_a_lone_layer_returns_the_new_one():
     layer = nn.Linear(64, 64)
     nn.init.zeros_(layer.weight)
     assert isinstance(sparsify_(layer), SparseLinear)
+
+
+def test_loading_a_part_of_a_state_dict_is_checked_too():
+    layer = _layer(64, 64, density=0.5)
+    bad = {"col_indices": torch.full_like(layer.col_indices, 1000)}
+    with pytest.raises(ValueError, match="col_indices from 0 to 3"):
+        layer.load_state_dict(bad, strict=False)
+
+
+def test_strided_indices_are_refused():
+    layer = _layer(64, 64, density=0.5)
+    state = layer.state_dict()
+    state["col_indices"] = state["col_indices"].repeat_interleave(2)[::2]
+    with pytest.raises(ValueError, match="contiguous vector of int32"):
+        layer.load_state_dict(state, assign=True)
+
+
+def test_another_dtype_of_bias_or_input_is_refused():
+    layer = _layer(64, 64)
+    tensors = layer.values.detach(), layer.crow_indices, layer.col_indices
+    with pytest.raises(ValueError, match=r"shape \(64,\) and torch\.float32"):
+        SparseLinear.from_blocks(64, 64, *tensors, bias=layer.bias.detach().double())
+    layer.bias = nn.Parameter(layer.bias.half())
+    with pytest.raises(ValueError, match=r"expected bias in torch\.float32"):
+        layer(torch.randn(2, 64))
+    with pytest.raises(ValueError, match=r"expected x in torch\.float32"):
+        layer(torch.randn(2, 64).double())
+
+
+def test_from_dense_keeps_what_is_frozen_and_a_pruned_bias():
+    dense = nn.Linear(64, 64)
+    dense.weight.requires_grad_(False)
+    layer = SparseLinear.from_dense(dense)
+    assert not layer.values.requires_grad
+    assert layer.bias.requires_grad
+    prune.random_unstructured(dense, "bias", 0.5)
+    with torch.no_grad():
+        dense.bias_orig += 1
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(SparseLinear.from_dense(dense)(x), dense(x))
+
+
+def test_conversion_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    SparseLinear.from_dense(nn.Linear(8, 8, device="meta").to_empty(device="cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_repr_of_a_layer_without_data():
+    assert "density=unknown" in repr(SparseLinear(64, 64, device="meta"))

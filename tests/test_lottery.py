@@ -15,6 +15,7 @@ from sparse_lth.lottery import (
     train_round,
 )
 from sparse_lth.models import build, initialise
+from sparse_lth.ticket import Ticket
 from sparse_lth.training import TrainingError, make_step
 
 CONFIG = RunConfig(dataset="digits", epochs=2, bs=50, prune_pc=0.8, prune_rounds=2)
@@ -186,6 +187,25 @@ def test_pruned_weights_stay_zero_and_negative_ones_train(tiny, optimizer):
         assert 0.5 < moved[negative].mean() / moved[positive].mean() < 2
 
 
+def test_a_round_that_ends_inside_an_epoch_leaves_its_order_to_no_other(tiny):
+    config = replace(CONFIG, bs=50, iterations=5)  # 4 batches an epoch
+    orders = [s.generator for s in search(config, tiny) if s.step == 5]
+    assert not torch.equal(orders[0], orders[1])
+    generator = torch.Generator()
+    generator.set_state(State.start(config).generator)
+    epochs = [batches(tiny.train, 50, generator) for _ in range(2)]
+    assert torch.equal(orders[0], generator.get_state())
+    assert len(epochs) == 2
+
+
+def test_a_ticket_does_not_hold_the_live_weights(tiny):
+    *_, state = search(CONFIG, tiny)
+    ticket = Ticket.from_state(CONFIG, state)
+    before = ticket.trained["fc1.bias"].clone()
+    state.weights["fc1.bias"].add_(1)
+    assert torch.equal(ticket.trained["fc1.bias"], before)
+
+
 def test_a_loss_that_is_not_finite_stops_the_search(tiny):
-    with pytest.raises(TrainingError, match="finite training loss, got nan: try a lower --lr"):
+    with pytest.raises(TrainingError, match=r"finite loss, got nan .* try a lower --lr"):
         list(search(replace(CONFIG, lr=1e30), tiny))

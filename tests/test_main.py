@@ -53,6 +53,10 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
         (["--prune_rounds", "0"], "prune_rounds: expected at least 1, got 0"),
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
         (["--bs", "-1"], "bs: expected at least 1, got -1"),
+        (
+            ["--prune_pc", "0.9", "--blocksize", "100x300"],
+            "prune_pc: expected to leave at least one of the 1 blocks of fc2, got 0.9",
+        ),
         (["--lr", "nan"], "lr: expected a finite number above 0, got nan"),
         (["--seed", "-1"], "seed: expected 0 or more, got -1"),
         (["--blocksize", "512x512"], "fit fc1, got (512, 512)"),
@@ -153,7 +157,7 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
 def test_a_loss_that_is_not_finite(tmp_path, capsys):
     assert _run(*QUICK, "--lr", "1e30", "--out_dir", tmp_path / "run") == 1
-    assert "expected a finite training loss, got nan: try a lower --lr" in capsys.readouterr().err
+    assert "expected a finite loss, got nan" in capsys.readouterr().err
 
 
 def _assert_same_ticket(a, b):

@@ -137,7 +137,8 @@ def test_terminal_shows_every_figure_whole_at_80_columns():
     for figure in figures(ticket, summary):
         assert figure in text, figure
     assert "…" not in text
-    for part in (summary["device"], "torch backend", "1 thread," if summary["threads"] == 1 else f"{summary['threads']} threads"):
+    threads = f"{summary['threads']} thread"
+    for part in (summary["device"], "torch backend", threads):
         assert part in text
 
 

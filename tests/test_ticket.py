@@ -85,8 +85,12 @@ def _tampered(path, kind, change):
 
 
 TICKET_CHANGES = {
+    "expected settings": lambda t, a: a["settings"].pop("seed"),
+    "expected the settings of a run": lambda t, a: a.update(settings=[1]),
+    "for every round, got 1": lambda t, a: a.update(rounds=1),
+    "expected init, masks and trained": lambda t, a: t.update(extra=torch.zeros(1)),
     "expected 'rounds' in the metadata": lambda t, a: a.pop("rounds"),
-    "expected a model of .*, got 'vgg'": lambda t, a: a["settings"].update(model="vgg"),
+    "model: expected one of .*, got vgg": lambda t, a: a["settings"].update(model="vgg"),
     "expected a test_accuracy for every round": lambda t, a: a["rounds"][0].pop("test_accuracy"),
     "expected masks tensors": lambda t, a: t.pop("masks.fc1"),
     "expected masks fc2 of shape": lambda t, a: t.update({"masks.fc2": t["masks.fc2"].T.clone()}),
@@ -107,6 +111,11 @@ def test_a_wrong_ticket_is_refused_by_name(ticket, tmp_path, message):
 
 
 MODEL_CHANGES = {
+    "a list of layers, got .* 3": lambda t, a: a.update(layers=3),
+    "fc1: expected a bias": lambda t, a: t.pop("fc1.bias"),
+    r"fc3.weight .* and torch\.float32": lambda t, a: t.update(
+        {"fc3.weight": t["fc3.weight"].half()}
+    ),
     "expected 'layers' in the metadata": lambda t, a: a.pop("layers"),
     "name of a linear layer, got 'fc9'": lambda t, a: a["layers"].append("fc9"),
     "fc1: .*col_indices": lambda t, a: t["fc1.col_indices"].fill_(10**6),
