@@ -105,7 +105,8 @@ def _context(trainings: list[Training]) -> str:
         machine = measured[0]
         text += f" Latency: {machine['device']}, {machine['threads']:.0f} thread, "
         text += f"{machine['backend']} backend, batch 1; a dense network runs as plain layers or "
-        text += "in one call, as tickets do, whichever is faster."
+        text += "in one call, as tickets do, whichever is faster. A ticket is clearly faster where "
+        text += "its 80th percentile is below the dense network's 20th."
     return text
 
 
