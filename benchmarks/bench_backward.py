@@ -1,64 +1,63 @@
 """Forward and both gradients of the layer against the dense layer; its peers have no backward."""
 
+import functools
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import gpu
 from sparse_lth.kernels.sddmm_torch import sddmm
 from tests.bounds import assert_close
 
 
-def _step(layer, x, grad):
-    y = layer(x)
-    return y, *torch.autograd.grad(y, (x, *layer.parameters()), grad)
-
-
-@gpu.needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["dense", "sparse_lth"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("blocksize", [(32, 32), (64, 64), (128, 16), (128, 64)])
-@pytest.mark.parametrize("density", [0.5, 0.1, 0.05])
-@pytest.mark.parametrize("batch", [256, 4096])
-@pytest.mark.parametrize("shape", [(300, 784), (1024, 1024), (4096, 4096)])
-def test_forward_and_backward(benchmark, shape, batch, density, blocksize, dtype, name):
-    weight = gpu.sparse_weight(*shape, density, blocksize, dtype)
-    sparse = gpu.ours(weight, blocksize)
-    dense = sparse.to_dense()
-    sizes = [(batch, shape[1]), (batch, shape[0])]
-    count = gpu.copies(sum(m * n for m, n in sizes) * weight.itemsize)
-    inputs = [
-        [torch.randn(size, device="cuda", dtype=dtype) for size in sizes] for _ in range(count)
+def gpu_cases(full: bool) -> list[gpu.Case]:
+    if full:
+        return gpu.grid((64, 256, 1024, 4096), dtypes=gpu.DTYPES)
+    shapes, blocksizes = ((1024, 1024), (4096, 4096)), ((64, 64), (128, 16), (128, 64))
+    return [
+        *gpu.grid((256, 4096), shapes, blocksizes=blocksizes, densities=(0.5, 0.1, 0.05)),
+        *gpu.grid((4096,), shapes[1:], ("float32",), blocksizes, densities=(0.1,)),
     ]
-    for x, _ in inputs:
-        x.requires_grad_(True)
-    times = {}
-    for contender, layer in {"dense": dense, "sparse_lth": sparse}.items():
-        calls = [lambda layer=layer, pair=pair: _step(layer, *pair) for pair in inputs]
-        times[contender] = gpu.device_times(calls, graph=batch <= 256)
-        if contender == name:
-            benchmark.pedantic(calls[0])
 
-    x, grad = inputs[0]
-    y, dx, dvalues = _step(sparse, x, grad)
-    gpu.check(y.detach(), x.detach(), weight)
+
+def _step(layer, weight, x, grad):
+    y = layer(x)
+    return y, *torch.autograd.grad(y, (x, weight), grad)
+
+
+def _measure(case: gpu.Case) -> dict:
+    weight = gpu.weight_of(case.shape, case.dtype, case.blocksize, case.density)
+    touched = case.density * weight.numel() + 2 * case.batch * sum(case.shape)
+    calls = []
+    for _ in range(gpu.copies(touched * weight.itemsize)):
+        x, grad = (torch.randn(case.batch, n).to(weight) for n in case.shape[::-1])
+        if case.backend == "dense":
+            leaf = weight.clone().requires_grad_(True)
+            layer = functools.partial(F.linear, weight=leaf)
+        else:
+            layer = gpu.ours(weight, case.blocksize).requires_grad_(True)
+            leaf = layer.values
+        calls.append(functools.partial(_step, layer, leaf, x.requires_grad_(True), grad))
+    layer, _, x, grad = calls[0].args
+    y, dx, dweight = calls[0]()
+    x = x.detach()
+    gpu.check(y.detach(), x, weight)
     gpu.check(dx, grad, weight.t())
-    x, grad = x.detach().double(), grad.double()
-    exact, magnitude = (
-        sddmm(g, v, sparse.pattern, blocksize[::-1]) for g, v in ((grad, x), (grad.abs(), x.abs()))
-    )
-    assert_close(dvalues, exact, magnitude)
-    gpu.record(
-        benchmark,
-        times[name],
-        times["dense"],
-        flop=6 * batch * weight.count_nonzero().item(),
-        op="forward and backward",
-        backend=name,
-        dtype=str(dtype),
-        shape=shape,
-        batch=batch,
-        density=density,
-        blocksize=blocksize,
-        limit=gpu.limit(*shape, density, blocksize),
-    )
+    if case.backend == "dense":
+        gpu.check(dweight, grad.t(), x.t())
+    else:
+        pairs = ((grad.double(), x.double()), (grad.abs().double(), x.abs().double()))
+        exact, magnitude = (sddmm(*pair, layer.pattern, dweight.shape[1:]) for pair in pairs)
+        assert_close(dweight, exact, magnitude)
+    R, C = case.blocksize
+    flop = 6 * case.batch * weight.count_nonzero().item()
+    return gpu.row(case, gpu.device_times(calls, graph=True), flop, gpu.limit(case, (R, C, R)))
+
+
+_measure_dense = functools.cache(_measure)
+
+
+@pytest.mark.gpu
+def test_forward_and_backward(gpu_row, case):
+    gpu_row(gpu.compared, case, _measure, _measure_dense, "forward and backward")

@@ -1,14 +1,71 @@
-"""Closes a benchmark run with one table of speedups."""
+"""Collects the rows of a benchmark run, and closes it with their speedups."""
+
+import subprocess
 
 import pytest
+import torch
+
+from benchmarks import gpu, summary
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full-grid", action="store_true", help="on a GPU, every case: hours instead of minutes"
+    )
 
 
 def pytest_configure(config):
     config.speedups = {}  # what bench_linear records: {(layer, batch): {(blocksize, density): x}}
+    config.gpu_rows = []
+
+
+def pytest_generate_tests(metafunc):
+    """The rows of a module on a GPU; without one they are a single skip."""
+    if "case" in metafunc.fixturenames:
+        full, present = metafunc.config.option.full_grid, torch.cuda.is_available()
+        metafunc.parametrize("case", metafunc.module.gpu_cases(full) if present else [], ids=str)
+
+
+@pytest.fixture
+def gpu_row(benchmark, pytestconfig):
+    """Runs what measures a row, and keeps the row.
+
+    The row has the device's times; what pytest-benchmark itself times is the checking and all.
+    """
+
+    def run(measure, *args):
+        try:
+            row = benchmark.pedantic(measure, args)
+        except gpu.Unsupported as error:
+            pytest.skip(str(error))
+        benchmark.extra_info.update(row)
+        pytestconfig.gpu_rows.append(row)
+
+    return run
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-benchmark
+def pytest_benchmark_update_machine_info(machine_info):
+    if torch.cuda.is_available():
+        import triton
+
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        machine_info["gpu"] = {
+            "name": torch.cuda.get_device_name(),
+            "driver": driver.split()[0],
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": triton.__version__,
+        }
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own table
 def pytest_terminal_summary(terminalreporter, config):
+    if config.gpu_rows:
+        terminalreporter.section("on the GPU")
+        for row in config.gpu_rows:
+            terminalreporter.write_line(summary.line(row))
     table = config.speedups
     if not table:
         return

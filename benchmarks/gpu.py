@@ -1,67 +1,162 @@
-"""Time of a call on a GPU, and what the others make of the same sparse layer."""
+"""The rows of the GPU benchmarks: their cases and contenders, how they are timed and checked."""
 
+import functools
 import itertools
+import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_lth import SparseLinear, bsr
+from sparse_lth.kernels.tiles import FP32, HBM, L2, TENSOR
 from tests.bounds import assert_close
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SHAPES = ((300, 784), (1024, 1024), (2048, 2048), (4096, 4096), (4096, 11008))
+DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
+BLOCKSIZES = ((16, 16), (32, 32), (64, 64), (64, 16), (128, 16), (128, 64))
+DTYPES = ("bfloat16", "float16", "float32")
+PEERS = ("bsr_dense_addmm", "csr", "2:4")
+SECONDS, TURNS = 0.05, (5, 500)  # for a row: about so long, at least and at most so often
 
-# Of an H200, in bytes and FLOP per second, as kernels/README.md has them
-L2, HBM, TENSOR = 5.5e12, 4.8e12, 700e12
+
+class Case(NamedTuple):
+    shape: tuple[int, int]  # out_features, in_features
+    dtype: str
+    blocksize: tuple[int, int]
+    density: float
+    batch: int
+    backend: str = "sparse_lth"
+
+    def __str__(self) -> str:
+        sizes = ["x".join(map(str, size)) for size in (self.shape[::-1], self.blocksize)]
+        return f"{sizes[0]}-{self.batch}-{self.dtype}-{sizes[1]}-{self.density}-{self.backend}"
+
+    def dense(self) -> "Case":
+        return self._replace(blocksize=self.shape, density=1.0, backend="dense")
 
 
-def sparse_weight(out_features: int, in_features: int, density: float, blocksize, dtype) -> Tensor:
-    """A dense (out_features, in_features) weight with random blocks of zeros."""
-    rows, cols = bsr.grid_shape((out_features, in_features), blocksize)
+def grid(
+    batches,
+    shapes=SHAPES,
+    dtypes=("bfloat16",),
+    blocksizes=BLOCKSIZES,
+    densities=DENSITIES,
+    backends=("sparse_lth",),
+) -> list[Case]:
+    """All combinations, after the dense row of each shape, dtype and batch."""
+    found = itertools.product(shapes, dtypes, blocksizes, densities, batches, backends)
+    cases = [Case(*c) for c in found if c[-1] != "2:4" or c[3] == 0.5]
+    return [*dict.fromkeys(case.dense() for case in cases), *cases]
+
+
+@functools.lru_cache(1)  # the cases of one weight follow each other
+def weight_of(shape, dtype: str, blocksize, density: float, two_of_four: bool = False) -> Tensor:
+    """(out_features, in_features) with random blocks of zeros, or with two zeros in every four."""
+    weight = torch.randn(shape, device="cuda", dtype=getattr(torch, dtype))
+    if two_of_four:
+        return weight * (torch.arange(shape[1], device="cuda") % 4 < 2)
+    rows, cols = bsr.grid_shape(shape, blocksize)
     keep = torch.rand(rows * cols, device="cuda").argsort() < round(density * rows * cols)
     mask = keep.view(rows, cols)
     for dim, size in enumerate(blocksize):
         mask = mask.repeat_interleave(size, dim)
-    weight = torch.randn(out_features, in_features, device="cuda", dtype=dtype)
-    return weight * mask[:out_features, :in_features]
+    return weight * mask[: shape[0], : shape[1]]
 
 
 def ours(weight: Tensor, blocksize) -> nn.Module:
     dense = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-    dense.weight = nn.Parameter(weight)
-    return SparseLinear.from_dense(dense, blocksize=blocksize)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    return SparseLinear.from_dense(dense, blocksize=blocksize).requires_grad_(False)
 
 
-def contenders(density: float, blocksize) -> dict[str, Callable]:
-    """By name, what makes a (batch, in) -> (batch, out) function of a weight."""
+def _bsr_dense_addmm(weight: Tensor, blocksize) -> Callable:
+    from torch.sparse import _triton_ops
 
-    def bsr_dense_addmm(weight):
-        from torch.sparse import _triton_ops
+    sparse = weight.to_sparse_bsr(blocksize)
+    return lambda x: _triton_ops.bsr_dense_addmm(
+        x.new_zeros(len(weight), len(x)), sparse, x.t(), beta=0
+    ).t()
 
-        sparse = weight.to_sparse_bsr(blocksize)
-        return lambda x: _triton_ops.bsr_dense_addmm(
-            x.new_zeros(len(weight), len(x)), sparse, x.t(), beta=0
-        ).t()
 
-    def csr(weight):
-        sparse = weight.to_sparse_csr()
-        return lambda x: (sparse @ x.t()).t()
+def _csr(weight: Tensor, blocksize) -> Callable:
+    sparse = weight.to_sparse_csr()
+    return lambda x: (sparse @ x.t()).t()
 
-    def two_of_four(weight):
-        kept = torch.tensor([True, True, False, False], device="cuda")
-        weight.mul_(kept.repeat(-(-weight.shape[1] // 4))[: weight.shape[1]])
-        sparse = torch.sparse.to_sparse_semi_structured(weight)
-        return lambda x: F.linear(x, sparse)
 
-    found = {
-        "dense": lambda weight: lambda x: F.linear(x, weight),
-        "sparse_lth": lambda weight: ours(weight, blocksize).requires_grad_(False),
-        "bsr_dense_addmm": bsr_dense_addmm,
-        "csr": csr,
+def _two_of_four(weight: Tensor, blocksize) -> Callable:
+    sparse = torch.sparse.to_sparse_semi_structured(weight)
+    return lambda x: F.linear(x, sparse)
+
+
+def _dense(weight: Tensor, blocksize) -> Callable:
+    copy = weight.clone()
+    return lambda x: F.linear(x, copy)
+
+
+CONTENDERS = {  # make a (batch, in) -> (batch, out) function with memory of its own
+    "dense": _dense,
+    "sparse_lth": ours,
+    "bsr_dense_addmm": _bsr_dense_addmm,
+    "csr": _csr,
+    "2:4": _two_of_four,
+}
+
+
+class Unsupported(Exception):
+    """A peer cannot do a case."""
+
+
+def forward(case: Case) -> dict:
+    """The row of a forward pass: checked, then timed as replays of a CUDA graph.
+
+    Only `csr` is called eagerly, since cuSPARSE need not be capturable; where that is slow, its
+    time includes the launch. Raises Unsupported for a peer that refuses the case.
+    """
+    two_of_four = case.backend == "2:4"
+    weight = weight_of(case.shape, case.dtype, case.blocksize, case.density, two_of_four)
+    touched = case.density * weight.numel() + case.batch * sum(case.shape)
+    xs = [
+        torch.randn(case.batch, case.shape[1], device="cuda", dtype=weight.dtype)
+        for _ in range(copies(touched * weight.itemsize))
+    ]
+    with torch.inference_mode():
+        try:
+            layers = [CONTENDERS[case.backend](weight, case.blocksize) for _ in xs]
+            y = layers[0](xs[0])
+        except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
+            if case.backend not in PEERS:
+                raise
+            raise Unsupported(f"{case.backend} cannot: {str(error).splitlines()[0]}") from error
+        check(y, xs[0], weight)
+        calls = [functools.partial(*pair) for pair in zip(layers, xs, strict=True)]
+        times = device_times(calls, graph=case.backend != "csr")
+    flop = 2 * case.batch * weight.count_nonzero().item()
+    return row(case, times, flop, limit(case, case.blocksize[:1]))
+
+
+dense_forward = functools.cache(forward)  # a dense row is measured once
+
+
+def compared(case: Case, measure: Callable, measure_dense: Callable, op: str) -> dict:
+    """A row with its speedup over the dense row and the share of the limit that this is."""
+    dense = measure_dense(case.dense())
+    found = dense if case.backend == "dense" else measure(case)
+    speedup = dense["p50_us"] / found["p50_us"]
+    return found | {
+        "op": op,
+        "dense_p50_us": dense["p50_us"],
+        "speedup": speedup,
+        "share_of_limit": speedup / found["limit"],
     }
-    return found | ({"2:4": two_of_four} if density == 0.5 else {})
+
+
+def row(case: Case, times: dict, flop: float, limit: float) -> dict:
+    """flop: on kept weights; limit: the greatest speedup that memory allows"""
+    context = case._asdict() | {"tflops": flop / times["p50_us"] / 1e6, "limit": limit}
+    return context | times
 
 
 def device_times(calls: list[Callable[[], object]], graph: bool) -> dict[str, float]:
@@ -70,53 +165,55 @@ def device_times(calls: list[Callable[[], object]], graph: bool) -> dict[str, fl
     The calls do the same on different memory, more than the L2 in all (see `copies`). With graph
     the turns are captured and replayed, which leaves out what launching from Python costs.
     """
-    for call in calls * 3:
-        call()
-    turn = [lambda: [call() for call in calls]] if graph else calls
+
+    def turn() -> list:
+        return [call() for call in calls]
+
+    for _ in range(2):
+        turn()
+    run = turn
     if graph:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
-            turn[0]()
-        turn = [captured.replay]
-    times, spent = [], 0.0
-    for run in itertools.islice(itertools.cycle(turn), 1000):
+            turn()
+        run = captured.replay
+    times = []
+    while len(times) < TURNS[0] or (sum(times) < 1e3 * SECONDS and len(times) < TURNS[1]):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
         end.record()
         end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / (len(calls) if graph else 1))
-        spent += times[-1] * (len(calls) if graph else 1)
-        if spent > 2e5 and len(times) >= 20:
-            break
-    points = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8]))
-    return dict(zip(("p20_us", "p50_us", "p80_us"), points.tolist(), strict=True))
+        times.append(start.elapsed_time(end))
+    p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive")
+    scale = 1e3 / len(calls)
+    points = (p20, statistics.median(times), p80)
+    return {f"{name}_us": scale * t for name, t in zip(("p20", "p50", "p80"), points, strict=True)}
 
 
-def copies(touched: int) -> int:
-    """How many copies of a problem of this many bytes are twice the L2."""
+def copies(touched: float) -> int:
+    """How many copies of a problem of this many bytes are twice the L2, up to 64: the smallest
+    layers stay there, in a benchmark as in use."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(1, min(64, -(-2 * l2 // touched)))
+    return max(2, min(64, int(2 * l2 / touched) + 1))
 
 
-def limit(out_features: int, in_features: int, density: float, blocksize) -> float:
-    """The greatest speedup over cuBLAS that memory allows at a large batch in 16 bits.
+def limit(case: Case, heights) -> float:
+    """The greatest speedup over cuBLAS, were this an H200; heights: of the blocks of each product.
 
-    Activations must be read and written once, and a tile of 256 rows x one block row reads its
-    inputs from L2.
+    A product takes its arithmetic, at the rate that its reads from L2 allow a tile of 256 rows x
+    one block, or the reading and writing of its tensors once, whichever is longer.
     """
-    R = blocksize[0]
-    activations = out_features * in_features / (out_features + in_features) * HBM / TENSOR
-    gather = min(1, L2 / TENSOR * 256 * R / (256 + R))
-    return min(activations, gather / density)
+    size, rate = (4, FP32) if case.dtype == "float32" else (2, TENSOR)
+    rows, weight = min(256, case.batch), case.shape[0] * case.shape[1]
 
+    def seconds(density: float, rate: float) -> float:
+        moved = size * (density * weight + case.batch * sum(case.shape))
+        return max(2 * case.batch * density * weight / rate, moved / HBM)
 
-def record(benchmark, times: dict, dense_times: dict, flop: float, **context) -> None:
-    """A row: its context, times, speedup over dense, and TFLOP/s on the kept weights."""
-    versions = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
-    benchmark.extra_info.update(context | versions | times)
-    benchmark.extra_info["speedup"] = dense_times["p50_us"] / times["p50_us"]
-    benchmark.extra_info["tflops"] = flop / times["p50_us"] / 1e6
+    gather = [L2 / size * 2 * rows * height / (rows + height) for height in heights]
+    sparse = sum(seconds(case.density, min(rate, allowed)) for allowed in gather)
+    return len(gather) * seconds(1, rate) / sparse
 
 
 def check(y: Tensor, x: Tensor, weight: Tensor) -> None:

@@ -55,10 +55,8 @@ class Problem:
     grad: Tensor
 
     def case(self, op: str) -> tiles.Case:
-        height, width = self.layer.blocksize
-        if op == "grad_input":
-            height, width = width, height
-        return linear_triton.case(op, self.x, self.layer.pattern, height, width)
+        layer = self.layer
+        return tiles.case(op, self.x.dtype, len(self.x), layer.values.shape, layer.pattern.grid)
 
     def run(self, op: str) -> Tensor:
         layer, pattern = self.layer, self.layer.pattern
@@ -85,7 +83,7 @@ def best(problem: Problem, op: str, table: dict) -> tiles.Tile | None:
     case, times = problem.case(op), {}
     for tile in candidates(case):
         table[case.key()] = tile
-        tiles.of_case.cache_clear()
+        tiles.launch.cache_clear()
         try:
             times[tile] = gpu.device_times([lambda: problem.run(op)], graph=case.batch <= 64)
         except Exception as error:  # a tile that this GPU cannot take is no candidate
@@ -114,10 +112,9 @@ def main() -> None:
     for blocksize, dtype, batch, density in itertools.product(
         args.blocksizes, args.dtypes, args.batches, args.densities
     ):
-        dtype = getattr(torch, dtype)
-        weight = gpu.sparse_weight(*args.shape, density, blocksize, dtype)
-        x, grad = (torch.randn(batch, n, device="cuda", dtype=dtype) for n in args.shape[::-1])
-        problem = Problem(gpu.ours(weight, blocksize).requires_grad_(False), x, grad)
+        weight = gpu.weight_of(args.shape, dtype, blocksize, density)
+        x, grad = (torch.randn(batch, n).to(weight) for n in args.shape[::-1])
+        problem = Problem(gpu.ours(weight, blocksize), x, grad)
         for op in ("linear", "grad_input", "sddmm"):
             key = problem.case(op).key()
             table[key] = best(problem, op, table)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from . import linear_torch
 from .dispatch import backend, backends, use_backend
 from .linear_native import Chain, ChainLayer
 from .pattern import Pattern
@@ -49,7 +50,8 @@ def linear(
     if activation == "gelu" and torch.is_grad_enabled():  # its gradient needs what went in
         return F.gelu(linear(x, values, pattern, bias, out_features))
     if is_traced(x):
-        call = _linear
+        seen_through = not torch.compiler.is_compiling() and _transformed()
+        call = linear_torch.linear if seen_through else _linear
     elif torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, values, bias)
     ):
@@ -59,17 +61,27 @@ def linear(
     return call(x, values, pattern, bias, out_features, activation)
 
 
+# They have no public name; a torch without them pays for the op, or the definition, in every call.
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
+
+
 def is_traced(x: Tensor) -> bool:
     """Whether a compiler, tracer, transform or mode wants to see an op. Eager code does without: a
     registered op takes several us to call, and its autograd 100 us, more than a small layer."""
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or _modes() > 0
+        or _transformed()
     )
+
+
+def _transformed() -> bool:
+    """Whether under vmap, jvp, grad or forward-mode AD. They have no rules for a registered op,
+    and jvp drops its tangents without a word, but see through the definition in plain torch."""
+    return _transform() is not None or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 @torch.library.custom_op("sparse_lth::linear", mutates_args=())

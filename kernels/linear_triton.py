@@ -217,24 +217,18 @@ def linear(
 
     x: (batch, in_features); values: (nnz, C, R); bias: (out_features,) -> (batch, out_features)
     """
-    (batch, in_features), (_, C, R) = x.shape, values.shape
-    device, block_rows = tiles.device_of(x.device), pattern.grid[0]
-
-    def programs(tile):
-        return triton.cdiv(batch, tile.block_m) * block_rows * triton.cdiv(R, tile.block_n)
-
-    tile = tiles.choose(case("linear", x, pattern, R, C), device, programs, activation)
-    if tile is None:
+    (batch, in_features), (_, C, R), grid = x.shape, values.shape, pattern.grid
+    launch = tiles.launch("linear", x.dtype, batch, values.shape, grid, x.device, activation)
+    if launch is None:
         return linear_torch.linear(x, values, pattern, bias, out_features, activation)
     y = x.new_empty(batch, out_features)
-    if y.numel() == 0:
+    if batch == 0:
         return y
-    steps = len(values) * C // (block_rows * tile.block_k)
-    splits = tiles.splits(programs(tile), steps, device)
+    programs, splits, constants = launch
     parts = y if splits == 1 else x.new_empty(splits, batch, out_features, dtype=torch.float32)
     x, bias = row_major(x), None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
-        _linear_kernel[programs(tile), splits](
+        _linear_kernel[programs, splits](
             x,
             values.contiguous(),
             pattern.crow_indices,
@@ -246,14 +240,14 @@ def linear(
             in_features,
             out_features,
             x.stride(0),
-            block_rows,
+            grid[0],
             C,
             R,
             RAGGED=in_features % C != 0,
             ACTIVATION=activation,
-            PRECISION=precision(),
+            PRECISION=precision(x.dtype),
             SPLITS=splits,
-            **options(tile),
+            **constants,
         )
         if splits > 1:
             reduce_parts(parts, bias, y, activation)
@@ -262,21 +256,16 @@ def linear(
 
 def linear_grad_input(grad: Tensor, values: Tensor, pattern: Pattern, in_features: int) -> Tensor:
     """grad @ weight; grad: (batch, out_features) -> (batch, in_features)"""
-    (batch, out_features), (_, C, R) = grad.shape, values.shape
-    device, block_cols = tiles.device_of(grad.device), pattern.grid[1]
-
-    def programs(tile):
-        return triton.cdiv(batch, tile.block_m) * block_cols * triton.cdiv(C, tile.block_n)
-
-    tile = tiles.choose(case("grad_input", grad, pattern, C, R), device, programs)
-    if tile is None:
+    (batch, out_features), (_, C, R), grid = grad.shape, values.shape, pattern.grid
+    launch = tiles.launch("grad_input", grad.dtype, batch, values.shape, grid, grad.device)
+    if launch is None:
         return linear_torch.linear_grad_input(grad, values, pattern, in_features)
     dx = grad.new_empty(batch, in_features)
-    if dx.numel() == 0:
+    if batch == 0:
         return dx
     grad = row_major(grad)
     with torch.cuda.device_of(grad):
-        _grad_input_kernel[(programs(tile),)](
+        _grad_input_kernel[(launch.programs,)](
             grad,
             values.contiguous(),
             pattern.ccol_indices,
@@ -288,12 +277,12 @@ def linear_grad_input(grad: Tensor, values: Tensor, pattern: Pattern, in_feature
             in_features,
             out_features,
             grad.stride(0),
-            block_cols,
+            grid[1],
             C,
             R,
             RAGGED=out_features % R != 0,
-            PRECISION=precision(),
-            **options(tile),
+            PRECISION=precision(grad.dtype),
+            **launch.constants,
         )
     return dx
 
@@ -317,40 +306,21 @@ def reduce_parts(parts: Tensor, bias: Tensor | None, y: Tensor, activation: str 
 def row_major(x: Tensor) -> Tensor:
     """x as the kernels want it, a copy if need be: rows contiguous, 16 numbers a multiple of
     their width and of their distance, zeros where there were none."""
-    aligned = x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
-    if aligned and x.stride(1) == 1:
+    width, (distance, step) = x.shape[1], x.stride()
+    aligned = (width | distance | x.data_ptr()) % 16 == 0
+    if aligned and step == 1 and distance <= tiles.LONGEST_ROW:
         return x
-    return F.pad(x, (0, -x.shape[1] % 16)).contiguous()
+    if width % 16:
+        return F.pad(x, (0, -width % 16)).contiguous()
+    return x.clone(memory_format=torch.contiguous_format)
 
 
-def case(op: str, x: Tensor, pattern: Pattern, height: int, width: int) -> tiles.Case:
-    """Which line of the table of tiles a call falls under."""
-    rows, cols = pattern.grid
-    density = len(pattern.col_indices) / (rows * cols)
-    return tiles.Case(
-        op,
-        str(x.dtype).removeprefix("torch."),
-        height,
-        width,
-        tiles.bucket(len(x), tiles.BATCHES),
-        tiles.bucket(0.99 * density, tiles.DENSITIES),  # whole blocks round a density up
-    )
+_MATMUL = torch.backends.cuda.matmul
+_SETTING = "fp32_precision" if hasattr(_MATMUL, "fp32_precision") else "allow_tf32"  # torch 2.9
 
 
-def options(tile: tiles.Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        "enable_fp_fusion": True,
-    }
-
-
-def precision() -> str:
-    """TF32 for fp32 only where torch allows it; torch 2.9 renamed the setting."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
+def precision(dtype: torch.dtype) -> str:
+    """TF32 for fp32 only where torch allows it."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if getattr(_MATMUL, _SETTING) in ("tf32", True) else "ieee"

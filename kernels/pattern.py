@@ -45,4 +45,4 @@ class Pattern(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         """(block_rows, block_cols)"""
-        return len(self.row_order), len(self.col_order)
+        return self.row_order.shape[0], self.col_order.shape[0]

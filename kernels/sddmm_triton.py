@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import sddmm_torch, tiles
-from .linear_triton import case, options, precision, reduce_parts, row_major
+from .linear_triton import precision, reduce_parts, row_major
 from .pattern import Pattern
 
 
@@ -90,20 +90,17 @@ def sddmm(grad: Tensor, x: Tensor, pattern: Pattern, block: tuple[int, int]) -> 
     grad: (batch, out_features); x: (batch, in_features) -> (nnz, C, R)
     """
     (batch, in_features), out_features, (C, R) = x.shape, grad.shape[1], block
-    device = tiles.device_of(x.device)
-    tile = tiles.of_case(case("sddmm", x, pattern, R, C), device)
-    if tile is None:
+    shape, grid = (pattern.col_indices.shape[0], C, R), pattern.grid
+    launch = tiles.launch("sddmm", x.dtype, batch, shape, grid, x.device)
+    if launch is None:
         return sddmm_torch.sddmm(grad, x, pattern, block)
-    dvalues = x.new_empty(len(pattern.col_indices), C, R)
+    dvalues = x.new_empty(shape)
     if dvalues.numel() == 0:
         return dvalues
-    (block_rows, block_cols), height = pattern.grid, triton.cdiv(R, tile.block_n)
-    kept = triton.cdiv(len(dvalues) * C, tile.block_k) * height  # programs that have work
-    splits = tiles.splits(kept, batch // tile.block_m, device)
+    programs, splits, constants = launch
     parts = dvalues
     if splits > 1:
-        parts = x.new_empty(splits, *dvalues.shape, dtype=torch.float32)
-    programs = block_rows * height * triton.cdiv(block_cols * C, tile.block_k)
+        parts = x.new_empty(splits, *shape, dtype=torch.float32)
     grad, x = row_major(grad), row_major(x)
     with torch.cuda.device_of(x):
         _sddmm_kernel[programs, splits](
@@ -118,13 +115,13 @@ def sddmm(grad: Tensor, x: Tensor, pattern: Pattern, block: tuple[int, int]) -> 
             out_features,
             grad.stride(0),
             x.stride(0),
-            block_rows,
+            grid[0],
             dvalues.numel(),
             C,
             R,
-            PRECISION=precision(),
+            PRECISION=precision(x.dtype),
             SPLITS=splits,
-            **options(tile),
+            **constants,
         )
         if splits > 1:
             reduce_parts(parts, None, dvalues)

@@ -49,6 +49,14 @@ class Case(NamedTuple):
         return "/".join(str(field) for field in self)
 
 
+class Launch(NamedTuple):
+    """How a call runs: its grid is programs x splits, `constants` are the kernel's for the tile."""
+
+    programs: int
+    splits: int  # parts that each sum is cut into
+    constants: dict[str, int]
+
+
 BATCHES = (1, 16, 64, 512, 1 << 62)
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 
@@ -72,6 +80,73 @@ HOPPER = {("matmul", 2, BATCHES[-1]): Tile(256, 128, 64, 8, 4)}  # reads the wei
 # Rates that set where a dense product wins: an H200's, in bytes and FLOP per second
 L2, HBM, TENSOR, FP32 = 5.5e12, 4.8e12, 700e12, 50e12
 
+# Rows of more numbers would take offsets within a tile of 256 rows past 32 bits
+LONGEST_ROW = 1 << 23
+
+
+@functools.lru_cache(4096)
+def launch(
+    op: str,
+    dtype: torch.dtype,
+    batch: int,
+    values_shape: tuple[int, int, int],
+    grid: tuple[int, int],
+    device: torch.device,
+    activation: str = "none",
+) -> Launch | None:
+    """How to run a call, or None if a dense product is to; remembered, to make a call cheap.
+
+    values_shape: (nnz, C, R); grid: (block_rows, block_cols)
+    """
+    (nnz, C, R), (block_rows, block_cols) = values_shape, grid
+    inputs = block_cols * C
+    if max(inputs, block_rows * R) > LONGEST_ROW or inputs * R >= 1 << 31:
+        return None
+    call, found = case(op, dtype, batch, values_shape, grid), device_of(device)
+    across = block_cols if op == "grad_input" else block_rows
+
+    def programs(tile: Tile) -> int:
+        down = -(-inputs // tile.block_k) if op == "sddmm" else -(-batch // tile.block_m)
+        return down * across * -(-call.height // tile.block_n)
+
+    # the number of tiles of an `sddmm` does not grow with the batch, so a smaller batch has no say
+    tile = of_case(call, found) if op == "sddmm" else choose(call, found, programs, activation)
+    if tile is None:
+        return None
+    parts = 1
+    if op == "linear":
+        parts = splits(programs(tile), nnz * C // (block_rows * tile.block_k), found)
+    elif op == "sddmm":  # of which only those with a kept block have work
+        kept = -(-nnz * C // tile.block_k) * -(-R // tile.block_n)
+        parts = splits(kept, batch // tile.block_m, found)
+    return Launch(programs(tile), parts, constants(tile))
+
+
+def case(
+    op: str,
+    dtype: torch.dtype,
+    batch: int,
+    values_shape: tuple[int, int, int],
+    grid: tuple[int, int],
+) -> Case:
+    """Which line of the table a call falls under; the arguments are those of `launch`."""
+    nnz, C, R = values_shape
+    height, width = (C, R) if op == "grad_input" else (R, C)
+    density = 0.99 * nnz / (grid[0] * grid[1])  # whole blocks round a density up
+    name = str(dtype).removeprefix("torch.")
+    return Case(op, name, height, width, bucket(batch, BATCHES), bucket(density, DENSITIES))
+
+
+def constants(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }
+
 
 def choose(
     case: Case, device: Device, programs: Callable[[Tile], int], activation: str = "none"
@@ -88,7 +163,6 @@ def choose(
     return tile
 
 
-@functools.cache
 def of_case(case: Case, device: Device, activation: str = "none") -> Tile | None:
     """The measured tile of a case if there is one, else that of the table."""
     tile = tuned(device.name).get(case.key(), "table")
@@ -104,7 +178,7 @@ def _from_table(case: Case, device: Device, activation: str) -> Tile:
     # the row of batch 1 is a sum, not a product of tiles; only `linear` has it
     batch = 16 if case.op == "grad_input" and case.batch == 1 else case.batch
     key = ("matmul", size, batch)
-    tall = case.height >= 128 and device.capability >= 90
+    tall = case.height >= 128 and 90 <= device.capability < 120  # sm_120 has no wgmma: it spills
     roomy = case.width >= 8 and activation != "gelu"  # else its registers spill
     return HOPPER.get(key, TABLE[key]) if tall and roomy else TABLE[key]
 

@@ -137,7 +137,7 @@ def test_terminal_shows_every_figure_whole_at_80_columns():
     for figure in figures(ticket, summary):
         assert figure in text, figure
     assert "…" not in text
-    for part in (summary["device"], "torch backend", f"{summary['threads']} threads"):
+    for part in (summary["device"], "torch backend", "1 thread," if summary["threads"] == 1 else f"{summary['threads']} threads"):
         assert part in text
 
 

@@ -75,7 +75,7 @@ class Compiled:
 
 def _compile(case, device, activation="none", splits=1, ragged=False, odd=()):
     R, C = (case.height, case.width) if case.op != "grad_input" else (case.width, case.height)
-    constants = linear_triton.options(tiles.of_case(case, device, activation))
+    constants = tiles.constants(tiles.of_case(case, device, activation))
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
     constants |= {"C": C, "R": R, "RAGGED": ragged, "PRECISION": "ieee"}
     constants |= {"ACTIVATION": activation, "SPLITS": splits}
@@ -91,9 +91,6 @@ def _case(op, dtype, block, batch):
 def _sparse(monkeypatch):
     monkeypatch.setattr(tiles, "dense_pays", lambda case: False)
     monkeypatch.setattr(tiles, "tuned", lambda name: {})
-    tiles.of_case.cache_clear()
-    yield
-    tiles.of_case.cache_clear()
 
 
 def _cases():

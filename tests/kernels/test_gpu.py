@@ -37,9 +37,9 @@ def choice(request, monkeypatch):
     """As the table has it, and with the sparse kernels where it would take the dense product."""
     if request.param == "sparse":
         monkeypatch.setattr(tiles, "dense_pays", lambda case: False)
-    tiles.of_case.cache_clear()
+    tiles.launch.cache_clear()
     yield
-    tiles.of_case.cache_clear()
+    tiles.launch.cache_clear()
 
 
 def test_the_kernels_are_used():

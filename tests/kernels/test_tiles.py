@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from sparse_lth.kernels import tiles
 
@@ -17,10 +18,10 @@ def _case(**changes):
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (tiles.tuned, tiles.of_case):
+    for cached in (tiles.tuned, tiles.launch):
         cached.cache_clear()
     yield
-    for cached in (tiles.tuned, tiles.of_case):
+    for cached in (tiles.tuned, tiles.launch):
         cached.cache_clear()
 
 
@@ -78,3 +79,13 @@ def test_a_small_layer_takes_a_smaller_tile():
     many, few = (tiles.choose(_case(), H200, lambda tile, n=n: n) for n in (1000, 1))
     assert many == tiles.HOPPER["matmul", 2, LARGE_BATCH]
     assert few == tiles.fit(tiles.TABLE["matmul", 2, 64], _case(), H200)
+
+
+def test_layers_past_32_bit_offsets_are_left_to_the_dense_product():
+    def launch(values_shape, grid):
+        args = torch.bfloat16, 64, values_shape, grid, torch.device("cpu")
+        return tiles.launch("linear", *args)
+
+    assert launch((1, 64, 64), (8, 1 << 10))
+    assert launch((1, 64, 64), (8, 1 << 20)) is None  # a row of 2^26 inputs
+    assert launch((1, 1 << 16, 1 << 16), (1, 1)) is None  # a block of 2^32 weights

@@ -25,4 +25,4 @@ else:
     def sparse(monkeypatch):
         """Takes the sparse kernel even where a dense product would be the faster."""
         monkeypatch.setattr(tiles, "dense_pays", lambda case: False)
-        tiles.of_case.cache_clear()
+        tiles.launch.cache_clear()

@@ -181,7 +181,7 @@ def test_training_step_is_that_of_the_dense_layer(size, blocksize, shape, layout
 
 def test_dense_takes_over_where_it_is_faster(monkeypatch):
     monkeypatch.undo()  # of the fixture that forbids it
-    tiles.of_case.cache_clear()
+    tiles.launch.cache_clear()
     called = []
     monkeypatch.setattr(linear_torch, "linear", lambda *args: called.append(args))
     layer = _layer((64, 64), (1, 1), 0.9)
