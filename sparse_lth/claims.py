@@ -4,6 +4,7 @@ Noise is the span of the replicates: by how much, for each, two networks of its 
 """
 
 from dataclasses import dataclass
+from itertools import product
 from statistics import mean
 
 import numpy as np
@@ -132,8 +133,8 @@ def judge(trainings: list[Training]) -> list[Claim]:
         ),
     ]
     judged = [Claim(figure, text, *_compare(*networks)) for figure, text, networks in claims]
-    for blocksize in ("1x1", "16x1", "16x4", "16x16"):
-        network = at(3.6, blocksize=blocksize)
+    for blocksize, percent in product(("1x1", "16x1", "16x4", "16x16"), (21.1, 3.6)):
+        network = at(percent, blocksize=blocksize)
         text = (
             f"Ours: the {blocksize} ticket that keeps {100 * network[0][0]['density']:.1f} % is "
             "faster than the dense network, and more accurate than a narrower one as fast."
@@ -169,10 +170,13 @@ def _against_dense(network: list[Training], trainings: list[Training]) -> tuple[
     """(measured, verdict) of the claim that it is faster than the dense network, and more accurate
     than a narrower one as fast, on the line between those measured."""
     rivals = dense_networks(trainings)
-    dense, speed = (rows[0][-1]["latency_us"] for rows in (rivals[0], network))
-    text = f"{mean(map(early_accuracy, network)):.2f} % at {speed:.0f} µs"
-    if speed > dense:
-        return f"{text}, slower than the dense network's {dense:.0f} µs", FAILS
+    dense, ticket = rivals[0][0][-1], network[0][-1]
+    speed = ticket["latency_us"]
+    text = f"{mean(map(early_accuracy, network)):.2f} % at {speed:.1f} µs"
+    if speed >= dense["latency_us"]:
+        return f"{text}, no faster than the dense network's {dense['latency_us']:.1f} µs", FAILS
+    if ticket["latency_p80_us"] >= dense["latency_p20_us"]:
+        return f"{text}, not clearly faster than {dense['latency_us']:.1f} µs", NOISE
     rivals.sort(key=lambda rival: rival[0][-1]["latency_us"])
     speeds = np.log([rival[0][-1]["latency_us"] for rival in rivals])
     differences = [

@@ -124,7 +124,7 @@ def blocks(trainings: list[Training]) -> Figure:
     _plain(speed.yaxis)
     speed.axhline(1, color="#999999", linewidth=0.8, linestyle=":")
     _from_top(axes, 6)
-    _label(axes, "", "weights kept (%)", "test accuracy at early stop (%)")
+    _label(axes, "", "weights kept (%)", "test accuracy at early stop (%)", "lower center")
     return figure
 
 
@@ -218,10 +218,10 @@ def _plain(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _label(axes: Axes, title: str, x: str, y: str) -> None:
+def _label(axes: Axes, title: str, x: str, y: str, legend: str = "best") -> None:
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc=legend)

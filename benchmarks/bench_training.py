@@ -1,0 +1,43 @@
+"""A step of LeNet-300-100 at the paper's batch of 60: eager, and on a GPU as one graph replay."""
+
+import pytest
+import torch
+
+from sparse_lth.config import RunConfig
+from sparse_lth.data import Split, batches
+from sparse_lth.lottery import State, masked_model
+from sparse_lth.training import make_step
+
+STEPS = 100
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("device", "graphed"),
+    [
+        ("cpu", False),
+        pytest.param("cuda", False, marks=[cuda, pytest.mark.gpu]),
+        pytest.param("cuda", True, marks=[cuda, pytest.mark.gpu]),
+    ],
+)
+def test_step(benchmark, device, graphed):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(60 * STEPS, 1, 28, 28, generator=generator)
+    labels = torch.randint(10, (60 * STEPS,), generator=generator)
+    split, state = Split(images.to(device), labels.to(device)), State.start(RunConfig())
+    model = masked_model("lenet-300-100", state.weights, state.masks).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=device == "cuda")
+    step = make_step(model, optimizer, split)
+    if device == "cuda" and not graphed:
+        step = step.step
+    order = batches(split, 60, generator)
+
+    def run():
+        for chosen in order:
+            step(chosen)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(run, rounds=10, warmup_rounds=1)
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.extra_info["iterations_per_second"] = round(STEPS / benchmark.stats["median"])
