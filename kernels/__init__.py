@@ -160,11 +160,12 @@ _linear.register_autograd(_backward, setup_context=_save)
 class _Linear(torch.autograd.Function):
     """The same for eager training."""
 
-    setup_context = staticmethod(_save)
-
     @staticmethod
-    def forward(x, values, pattern, bias, out_features, activation):
-        return backend(x).linear(x, values, pattern, bias, out_features, activation)
+    def forward(ctx, *inputs):
+        # without a setup_context, for which torch inspects the signature in every call
+        y = backend(inputs[0]).linear(*inputs)
+        _save(ctx, inputs, y)
+        return y
 
     @staticmethod
     @once_differentiable

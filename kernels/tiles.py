@@ -100,7 +100,7 @@ def launch(
     """
     (nnz, C, R), (block_rows, block_cols) = values_shape, grid
     inputs = block_cols * C
-    if max(inputs, block_rows * R) > LONGEST_ROW or inputs * R >= 1 << 31:
+    if max(inputs, block_rows * R) > LONGEST_ROW or max(inputs * R, batch) >= 1 << 31:
         return None
     call, found = case(op, dtype, batch, values_shape, grid), device_of(device)
     across = block_cols if op == "grad_input" else block_rows

@@ -179,6 +179,12 @@ def test_training_step_is_that_of_the_dense_layer(size, blocksize, shape, layout
     assert_close(layer.bias.grad, dense.bias.grad, flat.sum(0))
 
 
+def test_rows_further_apart_than_a_tile_can_address():
+    far = torch.zeros((1 << 24) + 48).as_strided((2, 48), (1 << 24, 1)).normal_()
+    assert linear_triton.row_major(far).stride() == (48, 1)
+    _check(_layer((64, 48), (16, 16), 0.5), far, torch.randn(2, 64))
+
+
 def test_dense_takes_over_where_it_is_faster(monkeypatch):
     monkeypatch.undo()  # of the fixture that forbids it
     tiles.launch.cache_clear()
