@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sparse_lth import data
-from sparse_lth.chains import (
+from sparse_lth.experiments.chains import (
     LAST,
     METHODS,
     TICKET,
@@ -25,8 +25,8 @@ from sparse_lth.chains import (
     scatter_masks,
     ticket_path,
 )
-from sparse_lth.engine import run_pool, run_ray
-from sparse_lth.experiments import collect
+from sparse_lth.experiments.engine import run_pool, run_ray
+from sparse_lth.experiments.paper import collect
 from sparse_lth.lottery import State, next_round, redraw, train_round
 from sparse_lth.ticket import Ticket
 
@@ -168,8 +168,8 @@ def test_a_killed_worker_loses_and_repeats_nothing(expected, tmp_path, capfd):
 def test_a_killed_run_goes_on_where_it_stopped(expected, tmp_path):
     folder = _folder(tmp_path)
     script = (
-        "from pathlib import Path; from sparse_lth.engine import run_pool; "
-        "from sparse_lth.chains import Chain, Plan; "
+        "from pathlib import Path; from sparse_lth.experiments.engine import run_pool; "
+        "from sparse_lth.experiments.chains import Chain, Plan; "
         f"run_pool({PLAN}, {CHAINS}, Path({str(folder)!r}), 2)"
     )
     command = [sys.executable, "-c", script]

@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from sparse_lth import experiments, results
-from sparse_lth.chains import CONTROLS, TICKET, Plan, grid
-from sparse_lth.claims import FAILS, HOLDS, NOISE, judge, verdict
-from sparse_lth.page import write_page
+from sparse_lth.experiments import paper, results
+from sparse_lth.experiments.chains import CONTROLS, TICKET, Plan, grid
+from sparse_lth.experiments.claims import FAILS, HOLDS, NOISE, judge, verdict
+from sparse_lth.experiments.page import write_page
 
 
 def _training(losses):
@@ -84,7 +84,7 @@ def made_up(tmp_path_factory):
 
 
 def test_figures_and_page_are_drawn_from_the_file_alone(made_up, capsys):
-    assert experiments.main(["plot", str(made_up)]) == 0
+    assert paper.main(["plot", str(made_up)]) == 0
     assert capsys.readouterr().out == f"page: {made_up / 'index.html'}\n"
     page = (made_up / "index.html").read_text()
     assert page.count("<img") == len(list((made_up / "figures").glob("*.png"))) == 7
@@ -115,7 +115,7 @@ def test_claims_are_judged_by_the_replicates(made_up):
 def test_what_is_no_results_file_is_refused(tmp_path, capsys, content, message):
     (tmp_path / "results.csv").write_text(content)
     with pytest.raises(SystemExit) as exit:
-        experiments.main(["plot", str(tmp_path)])
+        paper.main(["plot", str(tmp_path)])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -125,7 +125,7 @@ QUICK = ["paper", "--dataset", "digits", "--iterations", "10", "--replicates", "
 
 def test_without_ray_one_line_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert experiments.main([*QUICK, "--ray", "local", "--results", str(tmp_path)]) == 1
+    assert paper.main([*QUICK, "--ray", "local", "--results", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: expected Ray for --ray")
     assert error.count("\n") == 1
@@ -133,9 +133,9 @@ def test_without_ray_one_line_says_so(tmp_path, capsys, monkeypatch):
 
 def test_a_folder_with_another_plan_is_refused(tmp_path, capsys):
     plan = Plan(iterations=11, dataset="digits")
-    experiments.remember(plan, tmp_path / "plan.json")
+    paper.remember(plan, tmp_path / "plan.json")
     with pytest.raises(SystemExit):
-        experiments.main([*QUICK, "--results", str(tmp_path)])
+        paper.main([*QUICK, "--results", str(tmp_path)])
     assert '"iterations": 11' in capsys.readouterr().err
 
 
@@ -143,7 +143,7 @@ def test_results_without_a_method_are_refused(tmp_path, capsys):
     rows = [row for row in _rows() if row["method"] != "one-shot"]
     results.write(rows, tmp_path / "results.csv")
     with pytest.raises(SystemExit):
-        experiments.main(["plot", str(tmp_path)])
+        paper.main(["plot", str(tmp_path)])
     assert "expected results of the whole grid" in capsys.readouterr().err
 
 
@@ -156,11 +156,11 @@ def _quick_latencies(networks, image):
 
 @pytest.mark.slow
 def test_the_whole_grid_without_tensorboard_and_again(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(experiments, "find_spec", lambda name: None)
-    monkeypatch.setattr(experiments, "Plan", partial(Plan, levels=(7, 15), few_levels=(15,)))
-    monkeypatch.setattr(experiments, "latencies", _quick_latencies)
+    monkeypatch.setattr(paper, "find_spec", lambda name: None)
+    monkeypatch.setattr(paper, "Plan", partial(Plan, levels=(7, 15), few_levels=(15,)))
+    monkeypatch.setattr(paper, "latencies", _quick_latencies)
     flags = [*QUICK, "--workers", "2", "--results", str(tmp_path)]
-    assert experiments.main(flags) == 0
+    assert paper.main(flags) == 0
     assert "no TensorBoard curves: pip install tensorboard" in capsys.readouterr().out
     assert not (tmp_path / "tensorboard").exists()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
@@ -168,5 +168,5 @@ def test_the_whole_grid_without_tensorboard_and_again(tmp_path, capsys, monkeypa
         measured = [row for row in csv.DictReader(file) if row["latency_us"]]
     tickets = len(list((tmp_path / "tickets").iterdir()))
     assert len(measured) == tickets + 4
-    assert experiments.main(flags) == 0  # with nothing left to train or to measure
+    assert paper.main(flags) == 0  # with nothing left to train or to measure
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}

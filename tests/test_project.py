@@ -14,7 +14,7 @@ LAYERS = [  # a module imports from lines above its own, and from its own line w
     ["training", "layers", "sequential"],
     ["lottery", "ticket"],
     ["measure", "progress", "report"],
-    ["results", "figures", "claims", "page", "chains", "engine", "experiments"],
+    ["results", "figures", "claims", "page", "chains", "engine", "paper"],
     ["main"],
 ]
 
@@ -33,11 +33,11 @@ def _imports(path):
 
 def test_imports_run_one_way():
     order = [name for layer in LAYERS for name in layer]
-    modules = {p.stem for p in (ROOT / "sparse_lth").glob("*.py")} - {"__init__"}
-    assert modules == set(order) - {"kernels", "main"}
+    paths = {path.stem: path for path in (ROOT / "sparse_lth").rglob("*.py")}
+    paths["main"] = ROOT / "main.py"
+    assert paths.keys() - {"__init__", "__main__"} == set(order) - {"kernels"}
     for name in order[1:]:
-        path = ROOT / "main.py" if name == "main" else ROOT / "sparse_lth" / f"{name}.py"
-        for imported in _imports(path):
+        for imported in _imports(paths[name]):
             assert order.index(imported) < order.index(name), f"{name} imports {imported}"
 
 

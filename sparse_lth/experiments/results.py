@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import files
+from .. import files
 
 _TIMES = ("latency_us", "latency_p20_us", "latency_p80_us", "speedup")
 SPEED = (*_TIMES, "device", "threads", "backend")

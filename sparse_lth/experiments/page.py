@@ -9,9 +9,9 @@ from string import Template
 import matplotlib
 from matplotlib.figure import Figure
 
+from ..files import write
 from . import figures
 from .claims import FAILS, HOLDS, NOISE, Claim, cut_off, judge
-from .files import write
 from .results import Training
 
 FIGURES = {  # name: (title, drawing)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ..data import Dataset, load
 from .chains import Chain, Plan, run_chain
-from .data import Dataset, load
 
 ATTEMPTS = 5  # a chain that kills its process as often is given up
 

@@ -13,20 +13,20 @@ from statistics import median, quantiles
 
 import torch
 
+from ..config import DATASETS
+from ..data import DataError, load
+from ..files import FormatError, write
+from ..kernels import backend
+from ..lottery import State
+from ..measure import latencies, summarise
+from ..models import NARROW, build, initialise
+from ..sequential import SparseSequential
+from ..ticket import Ticket
+from ..training import TrainingError
 from . import results
 from .chains import TICKET, Chain, Plan, chain_path, grid, is_measured, ticket_path
-from .config import DATASETS
-from .data import DataError, load
 from .engine import EngineError, run_pool, run_ray
-from .files import FormatError, write
-from .kernels import backend
-from .lottery import State
-from .measure import latencies, summarise
-from .models import NARROW, build, initialise
 from .page import write_page
-from .sequential import SparseSequential
-from .ticket import Ticket
-from .training import TrainingError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,7 +183,3 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The paper's experiments, from chains of trainings to figures beside its claims."""
