@@ -17,6 +17,7 @@ from sparse_lth.kernels import linear_native
 BATCHES = [1, 16, 128, 1024, 8192]
 ROUND_SECONDS = 4e-3  # of dense calls; a round takes as many calls as fit
 ROUNDS = 15
+LENET_TABLE = "LeNet-300-100: speedup over dense float32 torch"
 LENET = (784, 300, 100, 10)
 TICKETS = {  # (density, blocksize)
     "unstructured 10%": (0.1, (1, 1)),
@@ -36,7 +37,7 @@ def seconds(function, calls):
 
 
 def compare(benchmark, run, dense, **context):
-    """A row for run(), timed in turn with dense(); context goes to extra_info."""
+    """A row for run(), timed in turn with dense(); context goes to extra_info; the speedup."""
     seconds(dense, 1)
     calls = max(1, int(ROUND_SECONDS / seconds(dense, 3)))
     ours, theirs = [], []
@@ -47,12 +48,14 @@ def compare(benchmark, run, dense, **context):
         warmup_rounds=3,
     )
     p20, p50, p80 = torch.tensor(ours[3:]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    speedup = torch.tensor(theirs[3:]).median().item() / p50
     benchmark.extra_info.update(
         device=f"cpu, {torch.get_num_threads()} threads",
         **{"dtype": "float32", "blocksize": None, "density": 1.0, **context},
         **{"p20 us": p20 * 1e6, "p50 us": p50 * 1e6, "p80 us": p80 * 1e6},
-        speedup=torch.tensor(theirs[3:]).median().item() / p50,
+        speedup=speedup,
     )
+    return speedup
 
 
 def dense_lenet():
@@ -79,12 +82,12 @@ def weights_of(layers):
 @needs_native
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("ticket", TICKETS)
-def test_lenet(benchmark, ticket, batch):
+def test_lenet(benchmark, tabulate, ticket, batch):
     density, blocksize = TICKETS[ticket]
     network = SparseSequential(*ticket_layers(density, blocksize))
     dense, x = dense_lenet(), torch.rand(batch, 784)
     with torch.inference_mode():
-        compare(
+        speedup = compare(
             benchmark,
             lambda: network(x),
             lambda: dense(x),
@@ -93,6 +96,7 @@ def test_lenet(benchmark, ticket, batch):
             density=density,
             blocksize=blocksize,
         )
+    tabulate(LENET_TABLE, ticket, speedup, batch=batch)
 
 
 def onnx_lenet(path):
@@ -187,12 +191,12 @@ PEERS = {  # run, dtype, density
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("peer", PEERS)
-def test_lenet_peer(benchmark, tmp_path, peer, batch):
+def test_lenet_peer(benchmark, tabulate, tmp_path, peer, batch):
     make, dtype, density = PEERS[peer]
     dense, x = dense_lenet(), torch.rand(batch, 784)
     with torch.inference_mode():
         run = make(batch, tmp_path)
-        compare(
+        speedup = compare(
             benchmark,
             run,
             lambda: dense(x),
@@ -201,16 +205,17 @@ def test_lenet_peer(benchmark, tmp_path, peer, batch):
             dtype=dtype,
             density=density,
         )
+    tabulate(LENET_TABLE, peer, speedup, batch=batch)
 
 
 @needs_native
 @pytest.mark.parametrize("batch", [1, 16, 128, 1024])
 @pytest.mark.parametrize("blocksize", [(1, 1), (16, 16)])
-def test_large_layer(benchmark, blocksize, batch):
+def test_large_layer(benchmark, tabulate, blocksize, batch):
     dense, sparse = nn.Linear(4096, 4096), SparseLinear(4096, 4096, True, blocksize, 0.1)
     x = torch.rand(batch, 4096)
     with torch.inference_mode():
-        compare(
+        speedup = compare(
             benchmark,
             lambda: sparse(x),
             lambda: dense(x),
@@ -219,6 +224,7 @@ def test_large_layer(benchmark, blocksize, batch):
             density=0.1,
             blocksize=blocksize,
         )
+    tabulate("a 4096 x 4096 layer at 10%", name_of(blocksize), speedup, batch=batch)
 
 
 def training_step(layers, x):
@@ -236,7 +242,7 @@ def training_step(layers, x):
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("blocksize", [(1, 1), (16, 16)])
 @pytest.mark.parametrize("network", ["lenet", "1024^2 x 3"])
-def test_training_step(benchmark, network, blocksize, backend):
+def test_training_step(benchmark, tabulate, network, blocksize, backend):
     if backend == "native" and linear_native.WHY_NOT:
         pytest.skip(f"native kernels are {linear_native.WHY_NOT}")
     if network == "lenet":
@@ -246,7 +252,7 @@ def test_training_step(benchmark, network, blocksize, backend):
         sparse = [SparseLinear(1024, 1024, True, blocksize, 0.1) for _ in range(3)]
     x = torch.rand(128, dense[0].in_features)
     with kernels.use_backend(backend):
-        compare(
+        speedup = compare(
             benchmark,
             training_step(sparse, x),
             training_step(dense, x),
@@ -255,12 +261,14 @@ def test_training_step(benchmark, network, blocksize, backend):
             density=0.1,
             blocksize=blocksize,
         )
+    row = f"{network}, {backend}"
+    tabulate("a training step at 10%, batch 128", row, speedup, blocks=name_of(blocksize))
 
 
 @needs_native
 @pytest.mark.parametrize("blocksize", [(1, 1), (4, 4), (8, 8), (16, 16)])
 @pytest.mark.parametrize("step", ["forward", "training"])
-def test_crossover(benchmark, step, blocksize):
+def test_crossover(benchmark, tabulate, step, blocksize):
     """The density where a 1024 x 1024 layer costs what the dense one does, at batch 128."""
     x = torch.rand(128, 1024)
 
@@ -294,6 +302,12 @@ def test_crossover(benchmark, step, blocksize):
         step=step,
         crossover=crossover,
     )
+    title = "density where a 1024 x 1024 layer costs what the dense one does, batch 128"
+    tabulate(title, step, crossover, blocks=name_of(blocksize))
+
+
+def name_of(blocksize):
+    return "x".join(map(str, blocksize))
 
 
 def relative_time(run, dense):

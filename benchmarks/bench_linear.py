@@ -85,7 +85,7 @@ def test_linear_on_a_gpu(gpu_row, case):
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")
-def test_linear(benchmark, pytestconfig, layer, batch, blocksize, density):
+def test_linear(benchmark, tabulate, layer, batch, blocksize, density):
     x, linear = dense_case(*layer, batch)
     mask = random_mask(linear.weight, blocksize, density)
     sparse = SparseLinear.from_dense(linear, mask, (blocksize, blocksize))
@@ -121,5 +121,6 @@ def test_linear(benchmark, pytestconfig, layer, batch, blocksize, density):
         **dense,
         "speedup": speedup,
     }
-    row = pytestconfig.speedups.setdefault((f"{layer[0]}x{layer[1]}", batch), {})
-    row[density, blocksize] = speedup
+    row, blocks = f"{layer[0]}x{layer[1]} batch {batch}", f"{blocksize}x{blocksize}"
+    title = "speedup of sparse over dense, below 1 where it is slower"
+    tabulate(title, row, speedup, density=density, blocksize=blocks)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sparse_lth.config import RunConfig
-from sparse_lth.data import Split, batches
-from sparse_lth.lottery import State, masked_model
+from sparse_lth.data import Dataset, Split, batches
+from sparse_lth.lottery import State, masked_model, next_round, train_round
 from sparse_lth.training import make_step
 
 STEPS = 100
@@ -41,3 +41,32 @@ def test_step(benchmark, device, graphed):
     benchmark.pedantic(run, rounds=10, warmup_rounds=1)
     benchmark.extra_info["threads"] = torch.get_num_threads()
     benchmark.extra_info["iterations_per_second"] = round(STEPS / benchmark.stats["median"])
+
+
+@pytest.mark.parametrize("train_sparse", ["off", "on"])
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 16)])
+@pytest.mark.parametrize("density", [1.0, 0.4, 0.1])
+def test_epoch(benchmark, tabulate, density, blocksize, train_sparse):
+    """An epoch of the search at MNIST's size and its default batch, evaluation included."""
+    generator = torch.Generator().manual_seed(0)
+    splits = (
+        Split(torch.randn(n, 1, 28, 28, generator=generator), torch.arange(n) % 10)
+        for n in (55_000, 5_000, 10_000)
+    )
+    data = Dataset("made up", *splits)
+    prune_pc = 0.9 if density == 1 else 1 - density
+    config = RunConfig(
+        epochs=4, prune_pc=prune_pc, prune_rounds=1, blocksize=blocksize, train_sparse=train_sparse
+    )
+    state = State.start(config)
+    epochs = train_round(config, data, next_round(config, state) if density < 1 else state)
+    benchmark.pedantic(lambda: next(epochs), rounds=3, warmup_rounds=1)
+    benchmark.extra_info |= {
+        "device": f"cpu, {torch.get_num_threads()} threads",
+        "density": density,
+        "blocksize": blocksize,
+        "train_sparse": train_sparse,
+        "seconds": benchmark.stats["median"],
+    }
+    row = f"density {density}, {blocksize[0]}x{blocksize[1]}"
+    tabulate("seconds of an epoch", row, benchmark.stats["median"], train_sparse=train_sparse)

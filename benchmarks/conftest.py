@@ -15,7 +15,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.speedups = {}  # what bench_linear records: {(layer, batch): {(blocksize, density): x}}
+    config.tables = {}  # {(title, *names of a column's parts): {row: {column: value}}}
     config.gpu_rows = []
 
 
@@ -44,6 +44,17 @@ def gpu_row(benchmark, pytestconfig):
     return run
 
 
+@pytest.fixture
+def tabulate(pytestconfig):
+    """tabulate(title, row, value, **column): a cell of a table that closes the run."""
+
+    def add(title, row, value, **column):
+        table = pytestconfig.tables.setdefault((title, *column), {})
+        table.setdefault(row, {})[tuple(column.values())] = value
+
+    return add
+
+
 @pytest.hookimpl(optionalhook=True)  # of pytest-benchmark
 def pytest_benchmark_update_machine_info(machine_info):
     if torch.cuda.is_available():
@@ -66,17 +77,13 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("on the GPU")
         for row in config.gpu_rows:
             terminalreporter.write_line(summary.line(row))
-    table = config.speedups
-    if not table:
-        return
-    columns = sorted({column for row in table.values() for column in row}, reverse=True)
-    lines = [
-        ["blocksize", *(f"{blocksize}x{blocksize}" for _, blocksize in columns)],
-        ["density", *(f"{density:g}" for density, _ in columns)],
-    ]
-    for (layer, batch), row in table.items():
-        cells = [f"{row[column]:.2f}" if column in row else "" for column in columns]
-        lines.append([f"{layer} batch {batch}", *cells])
-    terminalreporter.section("speedup of sparse over dense, below 1 where it is slower")
-    for first, *cells in lines:
-        terminalreporter.write_line(f"{first:24}" + "".join(f"{cell:>7}" for cell in cells))
+    for (title, *names), table in config.tables.items():
+        columns = sorted({column for row in table.values() for column in row})
+        width = max(len(str(part)) for column in columns for part in column) + 2
+        lines = [[name, *(str(c[part]) for c in columns)] for part, name in enumerate(names)]
+        for name, row in table.items():
+            lines.append([name, *(f"{row[c]:.2f}" if c in row else "" for c in columns)])
+        terminalreporter.section(title)
+        for first, *cells in lines:
+            cells = "".join(f"{cell:>{max(7, width)}}" for cell in cells)
+            terminalreporter.write_line(f"{first:28}{cells}")

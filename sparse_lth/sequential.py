@@ -26,16 +26,10 @@ class SparseSequential(nn.Sequential):
             or torch.is_autocast_enabled("cpu")
         ):
             return super().forward(x)
-        modules = list(self._modules.values())
-        parts = [part for module in modules for part in _parts(module)]
-        key = [id(part) for part in parts]
-        if key != self.__dict__.get("_key"):
-            start = _tail(modules)
-            # what the key names stays alive with it, so that no id comes back for another object
-            self._key, self._cached = key, (start, _chain(modules[start:]), parts)
-        start, chain, _ = self._cached
+        start, chain = self._prepared()
         if chain is None:
             return super().forward(x)
+        modules = list(self._modules.values())
         for module in modules[:start]:
             x = module(x)
         if isinstance(modules[start], nn.Flatten):
@@ -47,21 +41,43 @@ class SparseSequential(nn.Sequential):
         y = chain(x.reshape(-1, chain.in_features))
         return y.view(*x.shape[:-1], chain.out_features)
 
+    def _prepared(self) -> tuple[int, Chain | None]:
+        """Where the chain begins, and the chain: made anew when what it was made of has changed."""
+        watched, hooks, counts, found = self.__dict__.get("_cached", ((), (), (), None))
+        if (
+            found is None
+            or [len(h) for h in hooks] != counts
+            or any(mapping.get(name) is not value for mapping, name, value in watched)
+        ):
+            modules = list(self._modules.values())
+            start = _tail(modules)
+            found = start, _chain(modules[start:])
+            hooks = [self._modules, *(hooks for module in modules for hooks in _hooks(module))]
+            self._cached = _watched(self._modules), hooks, [len(h) for h in hooks], found
+        return found
+
     def __getstate__(self):
-        return {k: v for k, v in super().__getstate__().items() if k not in ("_cached", "_key")}
+        return {k: v for k, v in super().__getstate__().items() if k != "_cached"}
 
 
-def _parts(module: nn.Module) -> tuple:
-    """What a chain was made of: when one of these is another object, it has to be made anew."""
-    own = vars(module)  # attribute look-ups would cost as much as a small layer
-    indices = own["_buffers"].get("col_indices")
-    return module, *own["_parameters"].values(), own.get("activation"), indices, _is_plain(module)
+def _watched(modules: dict[str, nn.Module]) -> list[tuple[dict, str, object]]:
+    """(mapping, name, value): a chain is what the modules are while each mapping has that value."""
+    watched = [(modules, name, module) for name, module in modules.items()]
+    for module in modules.values():
+        own = vars(module)
+        watched += [(own["_parameters"], *item) for item in own["_parameters"].items()]
+        watched += [(own["_buffers"], "col_indices", own["_buffers"].get("col_indices"))]
+        watched += [(own, name, own.get(name)) for name in ("activation", "forward")]
+    return watched
+
+
+def _hooks(module: nn.Module) -> tuple[dict, dict]:
+    return module._forward_hooks, module._forward_pre_hooks
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a call of the module is that of its class: no hooks, no forward of its own."""
-    own = vars(module)
-    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+    return not (any(_hooks(module)) or "forward" in vars(module))
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -32,7 +32,7 @@ def _assert_same(network, x):
 
 
 def _is_one_call(network):
-    return network.__dict__["_cached"][1] is not None
+    return network._prepared()[1] is not None
 
 
 @pytest.mark.parametrize("batch", [0, 1, 5, 70])
@@ -65,6 +65,18 @@ def _hook(network):
     network[0].register_forward_hook(lambda module, inputs, output: output + 1)
 
 
+def _move_hook(network):
+    handle = network[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    with torch.inference_mode():
+        network(torch.randn(1, 64))
+    handle.remove()
+    network[4].register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def _append(network):
+    network.append(nn.ReLU())
+
+
 def _patch(network):
     network[1].forward = lambda x: x - 1
 
@@ -92,7 +104,8 @@ def _activation(network):
 
 
 @pytest.mark.parametrize(
-    "change", [_hook, _patch, _replace, _load, _other_blocks, _step, _activation]
+    "change",
+    [_hook, _move_hook, _append, _patch, _replace, _load, _other_blocks, _step, _activation],
 )
 def test_a_change_after_the_first_call_is_seen(change):
     network, x = _network(), torch.randn(3, 64)
@@ -126,8 +139,7 @@ def test_dense_networks_and_large_dense_layers_are_left_to_torch():
     for layers in ([nn.Linear(64, 8)], [SparseLinear(64, 300), nn.Linear(300, 300)]):
         network = SparseSequential(*layers)
         _assert_same(network, torch.randn(3, 64))
-        if "_cached" in vars(network):
-            assert not _is_one_call(network)
+        assert "_cached" not in vars(network) or not _is_one_call(network)
 
 
 def test_export_and_compile():
