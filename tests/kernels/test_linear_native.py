@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from sparse_lth import bsr, kernels
 from sparse_lth.kernels import Chain, ChainLayer, Pattern, linear_native, linear_torch
+from tests.bounds import assert_close
 
 if linear_native.WHY_NOT:
     pytest.skip(f"native kernels are {linear_native.WHY_NOT}", allow_module_level=True)
 
 # A sum of n products errs by at most n roundings of the sum of their magnitudes, and by about
 # sqrt(n) in fact; the sums here have at most 256 terms.
-ROUNDINGS = 16
-EPS = torch.finfo(torch.float32).eps
 BLOCKSIZES = [
     (1, 1),
     (16, 16),
@@ -48,14 +47,14 @@ def random_layer(out_features, in_features, blocksize, density):
     return values, Pattern.from_indices(crow, col, cols), weight
 
 
-def assert_close(out, x, weight, bias=None, activation="none"):
-    """out: activation(x @ weight.T + bias) within ROUNDINGS of its terms' magnitudes"""
+def check(out, x, weight, bias=None, activation="none"):
+    """out: activation(x @ weight.T + bias), to rounding"""
     x, weight = x.double(), weight.double()
     bias = torch.zeros(len(weight), dtype=x.dtype) if bias is None else bias.double()
     ref = linear_torch.ACTIVATIONS[activation](F.linear(x, weight, bias))
-    bound = ROUNDINGS * EPS * (x.abs() @ weight.abs().T + bias.abs())
+    magnitude = x.abs() @ weight.abs().T + bias.abs()
     assert out.shape == ref.shape
-    assert ((out - ref).abs() <= bound).all()
+    assert_close(out, ref, magnitude)
 
 
 @pytest.fixture(params=linear_native.INSTRUCTION_SETS)
@@ -82,9 +81,9 @@ def test_float64(instruction_set, blocksize, density):
         for batch in BATCHES:
             x, grad = torch.randn(batch, in_features), torch.randn(batch, out_features)
             y = kernels.linear(x, values, pattern, bias, out_features, "relu")
-            assert_close(y, x, weight, bias, "relu")
+            check(y, x, weight, bias, "relu")
             dx = linear_native.linear_grad_input(grad, values, pattern, in_features)
-            assert_close(dx, grad, weight.T)
+            check(dx, grad, weight.T)
 
 
 @settings(max_examples=100, deadline=None)
@@ -101,7 +100,7 @@ def test_any_shape(shape, blocksize, batch, density, name, seed):
     values, pattern, weight = random_layer(*shape, blocksize, density)
     x = torch.randn(batch, shape[1])
     with kernels.use_backend("native", name):
-        assert_close(kernels.linear(x, values, pattern, None, shape[0]), x, weight)
+        check(kernels.linear(x, values, pattern, None, shape[0]), x, weight)
 
 
 @pytest.mark.parametrize("blocksize", [(1, 1), (16, 4), (8, 8)])
@@ -111,7 +110,7 @@ def test_any_layout(instruction_set, blocksize):
     bias = torch.randn(74)[::2]
     for x in (wide[:, 1:51], wide[::2, 3:103:2], wide.T[:50].T, wide[:1, :50].expand(9, 50)):
         y = kernels.linear(x, values, pattern, bias, 37)
-        assert_close(y, x, weight, bias)
+        check(y, x, weight, bias)
         padded = torch.cat([values.new_zeros(1, *values.shape[1:]), values]).flatten()
         misaligned = padded[-values.numel() - 1 :][1:].view_as(values)
         assert torch.equal(y, kernels.linear(x, misaligned, pattern, bias, 37))
@@ -242,7 +241,7 @@ def test_chain(instruction_set, order):
             ref = linear_torch.ACTIVATIONS[activation](
                 F.linear(ref, weight.double(), bias.double())
             )
-        assert ((chain(x) - ref).abs() <= len(layers) * ROUNDINGS * EPS * bound).all()
+        assert_close(chain(x), ref, len(layers) * bound)  # each layer's roundings pass through
 
 
 def test_chain_follows_its_tensors():

@@ -5,11 +5,11 @@ import torch
 
 from sparse_lth import bsr, kernels
 from sparse_lth.kernels import Pattern, linear_native, sddmm_native, sddmm_torch
+from tests.bounds import assert_close
 
 if linear_native.WHY_NOT:
     pytest.skip(f"native kernels are {linear_native.WHY_NOT}", allow_module_level=True)
 
-ROUNDINGS = 16  # as in test_linear_native: sums over the batch, of at most 300 rows
 BLOCKSIZES = [(1, 1), (16, 16), (16, 1), (32, 20), (8, 8), (24, 5), (64, 64), (1, 20), (4, 4)]
 
 
@@ -27,7 +27,7 @@ def check(grad, x, pattern, blocksize):
     ref = sddmm_torch.sddmm(grad, x, pattern, block)
     bound = sddmm_torch.sddmm(grad.abs(), x.abs(), pattern, block)  # 0 where there is padding
     assert dvalues.shape == ref.shape
-    assert ((dvalues - ref).abs() <= ROUNDINGS * torch.finfo(torch.float32).eps * bound).all()
+    assert_close(dvalues, ref, bound)
 
 
 @pytest.fixture
