@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .kernels import Chain, ChainLayer, backend, is_traced
 from .layers import SparseLinear
 
-SMALL = 1 << 16  # weights of a dense layer that a chain may take: on larger ones torch is faster
+SMALL = 1 << 17  # weights of a dense layer that a chain may take: on larger ones torch is faster
 
 
 class SparseSequential(nn.Sequential):
@@ -110,7 +110,7 @@ def _tail(modules: list[nn.Module]) -> int:
 
 
 def _chain(modules: list[nn.Module]) -> Chain | None:
-    """None where there is no block-sparse layer, or more layers than a call takes."""
+    """None where there is no layer, or more of them than a call takes."""
     layers = []
     for module in modules:
         if isinstance(module, nn.ReLU):
@@ -121,5 +121,4 @@ def _chain(modules: list[nn.Module]) -> Chain | None:
         elif isinstance(module, nn.Linear):
             sizes = module.in_features, module.out_features
             layers.append(ChainLayer(module.weight, None, module.bias, *sizes))
-    sparse = any(layer.pattern is not None for layer in layers)
-    return Chain(layers) if sparse and len(layers) <= Chain.MAX_LAYERS else None
+    return Chain(layers) if 1 <= len(layers) <= Chain.MAX_LAYERS else None
