@@ -168,21 +168,23 @@ def _assert_same_ticket(a, b):
 def test_a_search_killed_at_random_moments_ends_with_the_same_ticket(tmp_path):
     flags = ["--dataset", "digits", "--epochs", "20", "--prune_rounds", "3", "--prune_pc", "0.8"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert _run(*flags, "--out_dir", whole) == 0
 
-    chance = random.Random()
-    for kill in range(4):
-        start = ["--resume", killed] if (killed / "config.json").exists() else flags
-        start = start if start[0] == "--resume" else [*flags, "--out_dir", killed]
-        command = [sys.executable, "-u", "main.py", *map(str, start)]
+    def run_until(lines, *flags):
+        """Kills the run after so many lines, of which most are epochs; None lets it end."""
+        command = [sys.executable, "-u", "main.py", *map(str, flags)]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            if kill < 3:
-                for _ in range(chance.randint(1, 25)):  # lines, of which most are epochs
-                    process.stdout.readline()
+            for _ in range(lines or 0):
+                process.stdout.readline()
+            if lines:
                 process.send_signal(signal.SIGKILL)
-            else:
-                process.stdout.read()
-        assert process.returncode == (-signal.SIGKILL if kill < 3 else 0)
+            process.stdout.read()
+        assert process.returncode == (-signal.SIGKILL if lines else 0)
+
+    run_until(None, *flags, "--out_dir", whole)
+    chance = random.Random()
+    for lines in (*(chance.randint(1, 25) for _ in range(3)), None):
+        begun = (killed / "config.json").exists()
+        run_until(lines, *(["--resume", killed] if begun else [*flags, "--out_dir", killed]))
         if not (killed / "config.json").exists():
             assert not killed.exists() or not any(killed.iterdir())
     _assert_same_ticket(killed, whole)

@@ -110,7 +110,6 @@ def measure(chains: Sequence[Chain], folder: Path, image: torch.Tensor) -> dict[
     path = folder / "latency.json"
     if path.exists():
         return {tuple(key): speed for key, speed in json.loads(path.read_text())}
-    torch.set_num_threads(1)
     networks = {}
     for chain in filter(is_measured, chains):
         for level in (0, *chain.levels):
@@ -125,10 +124,14 @@ def measure(chains: Sequence[Chain], folder: Path, image: torch.Tensor) -> dict[
         key = ("dense", name, "1x1", 0)
         networks[key, "layers"] = network.eval()
         networks[key, "one call"] = SparseSequential(OrderedDict(network.named_children())).eval()
-    times = {}
-    for (key, _), seconds in latencies(networks, image).items():
-        times[key] = min(times.get(key, seconds), seconds, key=median)
-    machine = summarise(ticket, "cpu")
+    threads, times = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    try:
+        for (key, _), seconds in latencies(networks, image).items():
+            times[key] = min(times.get(key, seconds), seconds, key=median)
+        machine = summarise(ticket, "cpu")
+    finally:
+        torch.set_num_threads(threads)
     context = (machine["device"], machine["threads"], backend(image).name)
     dense = median(times[TICKET, "lenet-300-100", "1x1", 0])
     measured = {}
