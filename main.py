@@ -130,7 +130,8 @@ def new_run_dir(out_dir: Path | None) -> Path:
 
 def describe(config: RunConfig) -> str:
     """The first line of a run."""
-    pace = f"{config.prune_rounds} rounds, {config.rate:.1%} of what is left in each"
+    count = "1 round" if config.prune_rounds == 1 else f"{config.prune_rounds} rounds"
+    pace = f"{count}, {config.rate:.1%} of what is left in each"
     text = (
         f"{config.model} on {config.dataset}: pruning {config.prune_pc:.0%} of the weights in "
         f"{'one shot' if config.one_shot else pace}, "
