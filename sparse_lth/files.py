@@ -59,6 +59,6 @@ def split_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
 
 
-def add_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors, each name behind `prefix.`."""
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+def join_groups(owner: object, groups: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of these attributes, dicts by name, each name behind `<group>.`."""
+    return {f"{g}.{name}": tensor for g in groups for name, tensor in getattr(owner, g).items()}

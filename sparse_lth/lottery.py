@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 from .config import RunConfig, steps
 from .data import Dataset, batches
-from .files import FormatError, add_prefix, load_tensors, save_tensors, split_prefix
+from .files import FormatError, join_groups, load_tensors, save_tensors, split_prefix
 from .kernels import backend
 from .layers import sparsify_
 from .masks import density, magnitude_masks
@@ -51,10 +51,8 @@ class State:
         return cls(0, 0, 0, init, masks, init, generator.get_state())
 
     def save(self, path: str | Path) -> None:
-        groups = {n: getattr(self, n) for n in ("init", "masks", "weights", "optimizer")}
-        tensors = {"generator": self.generator}
-        for name, group in groups.items():
-            tensors |= add_prefix(group, name)
+        tensors = join_groups(self, ("init", "masks", "weights", "optimizer"))
+        tensors["generator"] = self.generator
         about = {n: getattr(self, n) for n in ("round", "epoch", "step", "history")}
         save_tensors(path, "state", tensors, about)
 

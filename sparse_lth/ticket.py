@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from . import masks as masking
 from .config import RunConfig
-from .files import FormatError, add_prefix, load_tensors, save_tensors, split_prefix
+from .files import FormatError, join_groups, load_tensors, save_tensors, split_prefix
 from .layers import SparseLinear, sparsify_
 from .lottery import State, masked_model
 from .models import MODELS, build, weight_layers
@@ -76,10 +76,7 @@ class Ticket:
         return SparseSequential(OrderedDict(network.named_children())).eval()
 
     def save(self, path: str | Path) -> None:
-        groups = {name: getattr(self, name) for name in ("init", "masks", "trained")}
-        tensors = {}
-        for name, group in groups.items():
-            tensors |= add_prefix(group, name)
+        tensors = join_groups(self, ("init", "masks", "trained"))
         save_tensors(path, "ticket", tensors, {"settings": self.settings, "rounds": self.rounds})
 
     @classmethod
