@@ -299,6 +299,18 @@ static int sddmm(const Kernels *k, const Gradient *g, int threads)
     return 0;
 }
 
+/* Reads exactly n ints; 0, or -1 with an exception set. */
+static int ints(PyObject *const *args, Py_ssize_t nargs, Py_ssize_t n, long long *to)
+{
+    if (nargs != n) {
+        PyErr_Format(PyExc_TypeError, "expected %zd ints, got %zd arguments", n, nargs);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < n; i++)
+        to[i] = PyLong_AsLongLong(args[i]);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 enum { MAX_LAYERS = 64 };
 
 /* forward(isa, threads, x, ldx, y, batch, *layers): a layer is nine ints, in the order of Layer. */
@@ -314,9 +326,7 @@ static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t na
                      MAX_LAYERS, nargs);
         return NULL;
     }
-    for (Py_ssize_t i = 0; i < nargs; i++)
-        a[i] = PyLong_AsLongLong(args[i]);
-    if (PyErr_Occurred())
+    if (ints(args, nargs, nargs, a))
         return NULL;
     for (Py_ssize_t j = 0; j < n; j++) {
         const long long *l = a + HEAD + j * PER_LAYER;
@@ -332,18 +342,6 @@ static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t na
     if (failed)
         return PyErr_NoMemory();
     Py_RETURN_NONE;
-}
-
-/* Reads exactly n ints; 0, or -1 with an exception set. */
-static int ints(PyObject *const *args, Py_ssize_t nargs, Py_ssize_t n, long long *to)
-{
-    if (nargs != n) {
-        PyErr_Format(PyExc_TypeError, "expected %zd ints, got %zd arguments", n, nargs);
-        return -1;
-    }
-    for (Py_ssize_t i = 0; i < n; i++)
-        to[i] = PyLong_AsLongLong(args[i]);
-    return PyErr_Occurred() ? -1 : 0;
 }
 
 /* grad_input(isa, threads, grad, ldg, dx, batch, slots, values, ccol, rows, C, R, out, in) */

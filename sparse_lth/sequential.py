@@ -52,7 +52,7 @@ class SparseSequential(nn.Sequential):
             modules = list(self._modules.values())
             start = _tail(modules)
             found = start, _chain(modules[start:])
-            hooks = [self._modules, *(hooks for module in modules for hooks in _hooks(module))]
+            hooks = [self._modules, *(h for module in modules for h in _hooks(module))]
             self._cached = _watched(self._modules), hooks, [len(h) for h in hooks], found
         return found
 

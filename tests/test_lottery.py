@@ -6,6 +6,7 @@ from torch.nn.utils import prune
 
 from sparse_lth.config import RunConfig
 from sparse_lth.data import Split, batches
+from sparse_lth.kernels import backends, use_backend
 from sparse_lth.lottery import (
     State,
     effective_weights,
@@ -13,6 +14,7 @@ from sparse_lth.lottery import (
     next_round,
     search,
     train_round,
+    trains_sparse,
 )
 from sparse_lth.models import build, initialise
 from sparse_lth.ticket import Ticket
@@ -62,6 +64,8 @@ RESUMED = {
     "late": replace(CONFIG, rewind_step="3it"),
     "steps": replace(CONFIG, rewind_step="4it", iterations=6, every=3, bs=60),
     "reinit": replace(CONFIG, reinit=True),
+    "sparse": replace(CONFIG, train_sparse="on", blocksize=(8, 3)),
+    "masks": replace(CONFIG, train_sparse="off"),
 }
 
 
@@ -75,6 +79,38 @@ def test_a_search_resumed_anywhere_ends_as_if_never_stopped(tiny, tmp_path, conf
     resumed = list(search(config, tiny, saved))
     assert len(resumed) == 6 - stop
     assert _same(resumed[-1] if resumed else saved, _last(search(config, tiny)))
+
+
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 16), (8, 3)])
+def test_sparse_layers_train_as_masks_do(tiny, blocksize):
+    """The first step is the same to rounding, and what is pruned stays exactly 0."""
+    config = replace(CONFIG, blocksize=blocksize, epochs=1, bs=200, prune_rounds=1)
+    masked, sparse = (
+        _last(search(replace(config, train_sparse=choice), tiny)) for choice in ("off", "on")
+    )
+    assert masked.history[-1]["trained_sparse"] == []
+    assert {"fc1", "fc2"} <= set(sparse.history[-1]["trained_sparse"])
+    assert "fc1.values.exp_avg" in sparse.optimizer  # it was block-sparse, and not only said so
+    for name, mask in masked.masks.items():
+        assert torch.equal(mask, sparse.masks[name])
+        assert not sparse.weights[f"{name}.weight"][~mask].any()
+    for name, init in masked.init.items():
+        # Adam's first step is lr * g / (|g| + 1e-8): rounding shows only where g is nearly 0
+        a, b = masked.weights[name] - init, sparse.weights[name] - init
+        assert ((a - b).abs() > 1e-2 * config.lr).float().mean() < 1e-3, name
+
+
+def test_auto_is_a_rule_on_density_blocksize_and_backend():
+    kept = torch.zeros(32, 32, dtype=torch.bool)
+    kept[:16] = True
+    fuller = kept.clone()
+    fuller[16:20] = True
+    native = backends()["native"].startswith("available")
+    rows = [((1, 1), kept, native), ((1, 1), fuller, False), ((16, 16), fuller, native)]
+    for blocksize, mask, expected in rows:
+        assert trains_sparse(replace(CONFIG, blocksize=blocksize), mask) is expected
+    with use_backend("torch"):
+        assert not trains_sparse(CONFIG, kept)
 
 
 def test_steps_are_the_same_however_often_they_are_evaluated(tiny):
