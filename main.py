@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from sparse_lth.config import DATASETS, SCOPES, TRAIN_SPARSE, RunConfig
-from sparse_lth.data import DataError, load
 from sparse_lth.files import FormatError, write
 from sparse_lth.kernels import backends
 from sparse_lth.lottery import State, search
-from sparse_lth.measure import compare, summarise
-from sparse_lth.models import MODELS
-from sparse_lth.progress import describe as describe_epoch
-from sparse_lth.progress import watch, write_metrics
-from sparse_lth.report import print_tables, write_page
+from sparse_lth.program.config import DATASETS, SCOPES, TRAIN_SPARSE, RunConfig
+from sparse_lth.program.data import DataError, load
+from sparse_lth.program.measure import compare, summarise
+from sparse_lth.program.models import MODELS
+from sparse_lth.program.progress import describe as describe_epoch
+from sparse_lth.program.progress import watch, write_metrics
+from sparse_lth.program.report import print_tables, write_page
+from sparse_lth.program.training import TrainingError
 from sparse_lth.ticket import Ticket, save_sparse
-from sparse_lth.training import TrainingError
 
 console = Console()
 

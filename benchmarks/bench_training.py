@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sparse_lth.config import RunConfig
-from sparse_lth.data import Dataset, Split, batches
 from sparse_lth.lottery import State, masked_model, next_round, train_round
-from sparse_lth.training import make_step
+from sparse_lth.program.config import RunConfig
+from sparse_lth.program.data import Dataset, Split, batches
+from sparse_lth.program.training import make_step
 
 STEPS = 100
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from .config import RunConfig, steps
-from .data import Dataset, batches
 from .files import FormatError, join_groups, load_tensors, save_tensors, split_prefix
 from .kernels import backend
 from .layers import sparsify_
-from .masks import density, magnitude_masks
-from .models import build, initialise, weight_layers
-from .training import TrainingError, evaluate, make_step
+from .masks import density, magnitude_masks, weight_layers
+from .program.config import RunConfig, steps
+from .program.data import Dataset, batches
+from .program.models import build, initialise
+from .program.training import TrainingError, evaluate, make_step
 
 Tensors = dict[str, Tensor]
 

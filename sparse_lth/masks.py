@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from .bsr import blocks_of
-from .models import weight_layers
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear and convolutional layers by name, in order; the last is the output layer."""
+    kinds = (nn.Linear, nn.Conv2d)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def block_scores(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from . import masks as masking
-from .config import RunConfig
 from .files import FormatError, join_groups, load_tensors, save_tensors, split_prefix
 from .layers import SparseLinear, sparsify_
 from .lottery import State, masked_model
-from .models import MODELS, build, weight_layers
+from .masks import weight_layers
+from .program.config import RunConfig
+from .program.models import MODELS, build
 from .sequential import SparseSequential
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_lth.data import Dataset, Split
+from sparse_lth.program.data import Dataset, Split
 
 
 def _split(n, generator):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_lth import data
 from sparse_lth.experiments.chains import (
     LAST,
     METHODS,
@@ -28,6 +27,7 @@ from sparse_lth.experiments.chains import (
 from sparse_lth.experiments.engine import run_pool, run_ray
 from sparse_lth.experiments.paper import collect
 from sparse_lth.lottery import State, next_round, redraw, train_round
+from sparse_lth.program import data
 from sparse_lth.ticket import Ticket
 
 ROOT = Path(__file__).parent.parent

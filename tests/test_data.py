@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision.datasets import MNIST
 
-from sparse_lth import data
+from sparse_lth.program import data
 
 TRAIN, TEST, VALIDATION = 60, 10, 5  # a small data set in MNIST's format
 

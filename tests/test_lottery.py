@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch.nn.utils import prune
 
-from sparse_lth.config import RunConfig
-from sparse_lth.data import Split, batches
 from sparse_lth.kernels import backends, use_backend
 from sparse_lth.lottery import (
     State,
@@ -16,9 +14,11 @@ from sparse_lth.lottery import (
     train_round,
     trains_sparse,
 )
-from sparse_lth.models import build, initialise
+from sparse_lth.program.config import RunConfig
+from sparse_lth.program.data import Split, batches
+from sparse_lth.program.models import build, initialise
+from sparse_lth.program.training import TrainingError, make_step
 from sparse_lth.ticket import Ticket
-from sparse_lth.training import TrainingError, make_step
 
 CONFIG = RunConfig(dataset="digits", epochs=2, bs=50, prune_pc=0.8, prune_rounds=2)
 

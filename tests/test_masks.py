@@ -3,7 +3,6 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from sparse_lth.config import RunConfig
 from sparse_lth.masks import (
     block_l1_unstructured,
     block_scores,
@@ -12,8 +11,10 @@ from sparse_lth.masks import (
     keep_highest,
     layer_densities,
     magnitude_masks,
+    weight_layers,
 )
-from sparse_lth.models import build, weight_layers
+from sparse_lth.program.config import RunConfig
+from sparse_lth.program.models import build
 
 
 def test_block_scores_are_means_without_the_padding():

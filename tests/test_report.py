@@ -9,11 +9,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from sparse_lth.config import RunConfig
-from sparse_lth.data import Split
-from sparse_lth.measure import compare, summarise
-from sparse_lth.models import build, weight_layers
-from sparse_lth.report import factor, headline, percent, print_tables, quantity, verdict, write_page
+from sparse_lth.masks import weight_layers
+from sparse_lth.program.config import RunConfig
+from sparse_lth.program.data import Split
+from sparse_lth.program.measure import compare, summarise
+from sparse_lth.program.models import build
+from sparse_lth.program.report import (
+    factor,
+    headline,
+    percent,
+    print_tables,
+    quantity,
+    verdict,
+    write_page,
+)
 from sparse_lth.ticket import Ticket, save_sparse
 
 
@@ -205,7 +214,7 @@ def test_settings_are_escaped(tmp_path):
 
 def test_the_measured_summary_is_json_and_reports(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "sparse_lth.measure.latencies",
+        "sparse_lth.program.measure.latencies",
         lambda models, x: {"dense": [2e-4, 3e-4, 2e-4], "pruned": [1e-4, 1e-4, 1e-4]},
     )
     ticket = make_ticket(export_blocksize=(16, 16))

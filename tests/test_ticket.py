@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from sparse_lth import SparseLinear, Ticket, TicketError, load_sparse
-from sparse_lth.config import RunConfig
 from sparse_lth.files import load_tensors, save_tensors
 from sparse_lth.lottery import search
-from sparse_lth.models import weight_layers
+from sparse_lth.masks import weight_layers
+from sparse_lth.program.config import RunConfig
 from sparse_lth.ticket import save_sparse
 
 

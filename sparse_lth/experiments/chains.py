@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from ..config import RunConfig
-from ..data import Dataset
 from ..lottery import State, Tensors, masked_model, next_round, redraw, train_round
 from ..masks import density
-from ..models import NARROW, build
+from ..program.config import RunConfig
+from ..program.data import Dataset
+from ..program.models import NARROW, build
+from ..program.training import evaluate
 from ..ticket import Ticket
-from ..training import evaluate
 
 Start = Callable[[RunConfig, State], State]  # where a round starts, from what was trained before
 

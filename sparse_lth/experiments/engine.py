@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import Dataset, load
+from ..program.data import Dataset, load
 from .chains import Chain, Plan, run_chain
 
 ATTEMPTS = 5  # a chain that kills its process as often is given up

@@ -13,16 +13,16 @@ from statistics import median, quantiles
 
 import torch
 
-from ..config import DATASETS
-from ..data import DataError, load
 from ..files import FormatError, write
 from ..kernels import backend
 from ..lottery import State
-from ..measure import latencies, summarise
-from ..models import NARROW, build, initialise
+from ..program.config import DATASETS
+from ..program.data import DataError, load
+from ..program.measure import latencies, summarise
+from ..program.models import NARROW, build, initialise
+from ..program.training import TrainingError
 from ..sequential import SparseSequential
 from ..ticket import Ticket
-from ..training import TrainingError
 from . import results
 from .chains import TICKET, Chain, Plan, chain_path, grid, is_measured, ticket_path
 from .engine import EngineError, run_pool, run_ray

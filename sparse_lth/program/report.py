@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .bsr import blocks_of
-from .files import write
-from .masks import expand
-from .ticket import Ticket
+from ..bsr import blocks_of
+from ..files import write
+from ..masks import expand
+from ..ticket import Ticket
 
 KEPT = (59, 130, 246)  # blue, legible on a light page and on a dark one
 # matplotlib writes these colours and the page has them by name: a dark page recolours the plot

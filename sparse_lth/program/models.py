@@ -59,9 +59,3 @@ def initialise(model: nn.Module, generator: torch.Generator) -> dict[str, torch.
         if parameter.dim() > 1:
             nn.init.xavier_normal_(init[name], generator=generator)
     return init
-
-
-def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear and convolutional layers by name, in order; the last is the output layer."""
-    kinds = (nn.Linear, nn.Conv2d)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}

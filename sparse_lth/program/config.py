@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .bsr import grid_shape
-from .masks import layer_densities
-from .models import MODELS, build, weight_layers
+from ..bsr import grid_shape
+from ..masks import layer_densities, weight_layers
+from .models import MODELS, build
 
 SCOPES = ("layerwise", "global")
 TRAIN_SPARSE = ("auto", "on", "off")

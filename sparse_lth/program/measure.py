@@ -10,10 +10,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..kernels import backend
+from ..layers import SparseLinear
+from ..ticket import Ticket, load_sparse
 from .data import Split
-from .kernels import backend
-from .layers import SparseLinear
-from .ticket import Ticket, load_sparse
 from .training import evaluate
 
 

@@ -1,0 +1,1 @@
+"""The program on top of the library: LeNets, data sets, flags and reports, for main.py."""
