@@ -1,32 +1,44 @@
 """Block-sparse linear algebra on plain tensors.
 
-`linear` is what a layer calls. Each operation is a set of siblings: `linear_torch.py` defines it
-and runs anywhere; the others do the same faster where they can, as `dispatch.py` decides.
+Each operation has one file per backend: `linear_torch.py` defines it and runs anywhere, the others
+do the same faster where they can, as `dispatch.py` decides. `linear` is what a layer calls in eager
+code, `traced_linear` where a compiler, tracer or transform looks on.
 """
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from . import linear_torch
-from .dispatch import backend, backends, use_backend
+from .dispatch import TORCH, backend, backends, use_backend
 from .linear_native import Chain, ChainLayer
-from .pattern import Pattern
+from .pattern import Pattern, check_sizes, pattern_of
 
 __all__ = [
     "Chain",
     "ChainLayer",
     "Pattern",
+    "Weights",
     "backend",
     "backends",
     "is_traced",
     "linear",
+    "pattern_of",
+    "traced_linear",
     "use_backend",
 ]
+
+
+class Weights(NamedTuple):
+    """What `linear` computes with: tensors that belong together, and no part of a graph."""
+
+    values: Tensor  # (nnz, C, R)
+    pattern: Pattern
+    bias: Tensor | None  # (out_features,)
 
 
 def linear(
@@ -36,30 +48,56 @@ def linear(
     bias: Tensor | None,
     out_features: int,
     activation: str = "none",
+    weights: Weights | None = None,
 ) -> Tensor:
-    """activation(x @ weight.T + bias), differentiable in x, values and bias.
+    """activation(x @ weight.T + bias), twice differentiable in x, values and bias.
 
     x: (batch, in_features); values: (nnz, C, R); bias: (out_features,); all of one floating dtype
     and device, else ValueError; activation: "none", "relu" or "gelu" -> (batch, out_features)
+    weights: the numbers to compute with, where another thread may give values and bias others
     """
-    for name, t in (("x", x), ("bias", values if bias is None else bias)):
-        if t.dtype != values.dtype or t.device != values.device:
+    if weights is None:
+        weights = Weights(values.detach(), pattern, None if bias is None else bias.detach())
+    for name, t in (("x", x), ("bias", values if bias is None else weights.bias)):
+        if t.dtype != weights.values.dtype or t.device != weights.values.device:
             raise ValueError(
                 f"expected {name} in {values.dtype} on {values.device}, as the weight is, "
                 f"got {t.dtype} on {t.device}"
             )
+    check_sizes(*weights, x.shape[1], out_features)
     if activation == "gelu" and torch.is_grad_enabled():  # its gradient needs what went in
-        return F.gelu(linear(x, values, pattern, bias, out_features))
-    if is_traced(x):
-        seen_through = not torch.compiler.is_compiling() and _transformed()
-        call = linear_torch.linear if seen_through else _linear
-    elif torch.is_grad_enabled() and any(
+        return F.gelu(linear(x, values, pattern, bias, out_features, "none", weights))
+    if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, values, bias)
     ):
-        call = _Linear.apply
-    else:
-        call = backend(x).linear
-    return call(x, values, pattern, bias, out_features, activation)
+        return _Linear.apply(x, values, bias, weights, out_features, activation)
+    return backend(x).linear(_plain(x), *weights, out_features, activation)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x as its memory says: no negation that is still to be done, no zeros without memory."""
+    if x.layout is not torch.strided or x.is_nested:
+        raise ValueError(f"expected a dense (strided) tensor, got {x.layout}, nested={x.is_nested}")
+    return x.clone() if x._is_zerotensor() else x.resolve_neg()
+
+
+def traced_linear(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str = "none",
+) -> Tensor:
+    """`linear` as one operator, for compilers, tracers and modes; its indices are checked when it
+    runs. Transforms of `torch.func` and the ONNX exporter see the definition in plain torch."""
+    if activation == "gelu" and torch.is_grad_enabled():
+        return F.gelu(traced_linear(x, values, crow_indices, col_indices, bias, out_features))
+    compiling = torch.compiler.is_compiling()
+    seen_through = torch.onnx.is_in_onnx_export() if compiling else _transformed()
+    call = linear_torch.definition if seen_through else torch.ops.sparse_lth.linear
+    return call(x, values, crow_indices, col_indices, bias, out_features, activation)
 
 
 # They have no public name; a torch without them pays for the op, or the definition, in every call.
@@ -85,91 +123,137 @@ def _transformed() -> bool:
     return _transform() is not None or getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def _grid(out_features: int, in_features: int, block: tuple[int, int]) -> tuple[int, int]:
+    C, R = block
+    return -(-out_features // R), -(-in_features // C)
+
+
 @torch.library.custom_op("sparse_lth::linear", mutates_args=())
 def _linear(
     x: Tensor,
     values: Tensor,
-    pattern: Sequence[Tensor],
+    crow_indices: Tensor,
+    col_indices: Tensor,
     bias: Tensor | None,
     out_features: int,
     activation: str,
 ) -> Tensor:
-    return backend(x).linear(x, values, Pattern(*pattern), bias, out_features, activation)
+    grid = _grid(out_features, x.shape[1], values.shape[1:])
+    pattern = pattern_of(crow_indices, col_indices, grid)
+    with torch.no_grad():
+        return linear(x, values, pattern, bias, out_features, activation)
 
 
 @torch.library.custom_op("sparse_lth::linear_grad_input", mutates_args=())
 def _linear_grad_input(
-    grad: Tensor, values: Tensor, pattern: Sequence[Tensor], in_features: int
+    grad: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, in_features: int
 ) -> Tensor:
-    return backend(grad).linear_grad_input(grad, values, Pattern(*pattern), in_features)
+    grid = _grid(grad.shape[1], in_features, values.shape[1:])
+    pattern = pattern_of(crow_indices, col_indices, grid)
+    check_sizes(values, pattern, None, in_features, grad.shape[1])
+    return backend(grad).linear_grad_input(_plain(grad), values, pattern, in_features)
 
 
 @torch.library.custom_op("sparse_lth::sddmm", mutates_args=())
-def _sddmm(grad: Tensor, x: Tensor, pattern: Sequence[Tensor], C: int, R: int) -> Tensor:
-    return backend(grad).sddmm(grad, x, Pattern(*pattern), (C, R))
+def _sddmm(
+    grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, C: int, R: int
+) -> Tensor:
+    pattern = pattern_of(crow_indices, col_indices, _grid(grad.shape[1], x.shape[1], (C, R)))
+    return backend(grad).sddmm(_plain(grad), _plain(x), pattern, (C, R))
 
 
 @_linear.register_fake
-def _(x, values, pattern, bias, out_features, activation):
+def _(x, values, crow_indices, col_indices, bias, out_features, activation):
     return x.new_empty(x.shape[0], out_features)
 
 
 @_linear_grad_input.register_fake
-def _(grad, values, pattern, in_features):
+def _(grad, values, crow_indices, col_indices, in_features):
     return grad.new_empty(grad.shape[0], in_features)
 
 
 @_sddmm.register_fake
-def _(grad, x, pattern, C, R):
-    return grad.new_empty(pattern[1].shape[0], C, R)
+def _(grad, x, crow_indices, col_indices, C, R):
+    return grad.new_empty(col_indices.shape[0], C, R)
 
 
-def _save(ctx, inputs, output):
-    x, values, pattern, bias, _, ctx.activation = inputs
+def _save_traced(ctx, inputs, output):
+    x, values, crow_indices, col_indices, bias, _, activation = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, values, output if ctx.activation == "relu" else None, *pattern)
+    y = output if activation == "relu" else None
+    ctx.save_for_backward(x, values, y, crow_indices, col_indices)
 
 
-def _gradients(ctx, grad, linear_grad_input, sddmm):
-    """dx, dvalues, dbias; None where none is wanted"""
-    x, values, y, *pattern = ctx.saved_tensors
-    pattern = Pattern(*pattern)
+def _traced_backward(ctx, grad):
+    x, values, y, *indices = ctx.saved_tensors
     dx = dvalues = dbias = None
-    if ctx.activation == "relu":
+    if y is not None:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     if ctx.needs_input_grad[0]:
-        dx = linear_grad_input(grad, values, pattern, x.shape[1])
+        dx = _linear_grad_input(grad, values, *indices, x.shape[1])
     if ctx.needs_input_grad[1]:
-        dvalues = sddmm(grad, x, pattern, values.shape[1:])
-    if ctx.has_bias and ctx.needs_input_grad[3]:
+        dvalues = _sddmm(grad, x, *indices, *values.shape[1:])
+    if ctx.has_bias and ctx.needs_input_grad[4]:
         dbias = grad.sum(0)
-    return dx, dvalues, dbias
+    return dx, dvalues, None, None, dbias, None, None
 
 
-def _backward(ctx, grad):
-    def sddmm(grad, x, pattern, block):
-        return _sddmm(grad, x, pattern, *block)
-
-    dx, dvalues, dbias = _gradients(ctx, grad, _linear_grad_input, sddmm)
-    return dx, dvalues, [None] * len(Pattern._fields), dbias, None, None
-
-
-_linear.register_autograd(_backward, setup_context=_save)
+_linear.register_autograd(_traced_backward, setup_context=_save_traced)
 
 
 class _Linear(torch.autograd.Function):
     """The same for eager training."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, x, values, bias, weights, out_features, activation):
         # without a setup_context, for which torch inspects the signature in every call
-        y = backend(inputs[0]).linear(*inputs)
-        _save(ctx, inputs, y)
+        y = backend(x).linear(_plain(x), *weights, out_features, activation)
+        ctx.pattern, ctx.has_bias = weights.pattern, bias is not None
+        ctx.save_for_backward(x, values, y if activation == "relu" else None)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        chosen = backend(grad)
-        dx, dvalues, dbias = _gradients(ctx, grad, chosen.linear_grad_input, chosen.sddmm)
-        return dx, dvalues, None, dbias, None, None
+        (x, values, y), pattern, chosen = ctx.saved_tensors, ctx.pattern, backend(grad)
+        if torch.is_grad_enabled():  # create_graph: autograd has to see through this gradient
+            chosen = TORCH
+        else:
+            grad, x = _plain(grad), _plain(x)
+        check_sizes(values, pattern, None, x.shape[1], grad.shape[1])
+        dx = dvalues = dbias = None
+        if y is not None:
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        if ctx.needs_input_grad[0]:
+            dx = chosen.linear_grad_input(grad, values, pattern, x.shape[1])
+        if ctx.needs_input_grad[1]:
+            dvalues = chosen.sddmm(grad, x, pattern, values.shape[1:])
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            dbias = grad.sum(0)
+        return dx, dvalues, dbias, None, None, None
+
+
+@register_flop_formula(
+    [torch.ops.sparse_lth.linear, torch.ops.sparse_lth.linear_grad_input], get_raw=True
+)
+def _flops(x, values, crow_indices, col_indices, *sizes, out_val, **_) -> int:
+    ends = (out_val, x) if len(sizes) == 1 else (x, out_val)  # the gradient goes the other way
+    return _products(*ends, values.shape[1:], crow_indices, col_indices)
+
+
+@register_flop_formula(torch.ops.sparse_lth.sddmm, get_raw=True)
+def _sddmm_flops(grad, x, crow_indices, col_indices, C, R, **_) -> int:
+    return _products(x, grad, (C, R), crow_indices, col_indices)
+
+
+def _products(x, y, block, crow_indices, col_indices) -> int:
+    """2 * batch * kept weights; padding counts only where the indices have no numbers."""
+    (batch, inputs), outputs, (C, R), nnz = x.shape, y.shape[1], block, len(col_indices)
+    kept = nnz * C * R
+    if nnz and type(col_indices) is Tensor and not col_indices.is_meta:
+        below, beside = -outputs % R, -inputs % C  # the padding of the last block row and column
+        in_last_row = int(crow_indices[-1] - crow_indices[-2])
+        in_last_column = col_indices == -(-inputs // C) - 1
+        corner = in_last_row > 0 and bool(in_last_column[-1])
+        kept -= in_last_row * below * C + int(in_last_column.sum()) * beside * R
+        kept += corner * below * beside
+    return 2 * batch * kept

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pattern import Pattern
+from .pattern import Pattern, check_sizes
 
 try:
     _native = import_module("._native", __package__)
@@ -33,8 +33,8 @@ def linear(
 
     x: (batch, in_features); values: (nnz, C, R); bias: (out_features,) -> (batch, out_features)
     """
-    x, values, (crow, col) = rows(x), values.contiguous(), pattern[:2]
-    bias = None if bias is None else bias.contiguous()
+    x, values, (crow, col) = rows(x), held(values), pattern[:2]
+    bias = None if bias is None else held(bias)
     (batch, in_features), (_, C, R) = x.shape, values.shape
     y = x.new_empty(batch, out_features)
     if batch:
@@ -50,7 +50,7 @@ def linear(
 
 def linear_grad_input(grad: Tensor, values: Tensor, pattern: Pattern, in_features: int) -> Tensor:
     """grad @ weight; grad: (batch, out_features) -> (batch, in_features)"""
-    grad, values = rows(grad), values.contiguous()
+    grad, values = rows(grad), held(values)
     (batch, out_features), (_, C, R) = grad.shape, values.shape
     dx = grad.new_empty(batch, in_features)
     if batch:
@@ -69,6 +69,12 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def held(t: Tensor) -> Tensor:
+    """t, contiguous, in a tensor of our own: another thread that gives t other data, as `.data = `
+    does, neither frees what a kernel reads nor changes its size."""
+    return t.detach().contiguous().resolve_neg()
+
+
 class ChainLayer(NamedTuple):
     """One layer of a chain: a sparse one, or a dense one without a pattern."""
 
@@ -83,12 +89,12 @@ class ChainLayer(NamedTuple):
 class Chain:
     """Linear layers in one call: each chunk of the batch passes all of them while it is in cache.
 
-    chain(x): x (batch, in_features) -> (batch, out_features), float32 on a CPU, with no gradient.
+    chain(x): x (..., in_features) -> (..., out_features), float32 on a CPU, with no gradient.
 
-    It keeps the tensors and asks at each call where their data are, so they may be trained, and
-    moved by `module.to()`. ValueError if one is not float32, contiguous and on the CPU, at
-    construction or at the first call after it moved. A layer that was given *other* tensors, as
-    loading a `state_dict` with other blocks does, needs a new chain.
+    Its parameters are float32, contiguous and on the CPU, else ValueError. It reads their memory as
+    it was when the chain was made, and keeps that alive: values may be trained in place, but a
+    parameter that was given other memory or another size needs a new chain. Nothing in a chain
+    ever changes, so threads may share it.
     """
 
     MAX_LAYERS = _native.MAX_LAYERS if _native else 0
@@ -104,52 +110,60 @@ class Chain:
                     f"expected in_features {before.out_features}, got {after.in_features}"
                 )
         self.in_features, self.out_features = layers[0].in_features, layers[-1].out_features
-        self._layers = [_prepare(layer) for layer in layers]
-        self._trained = [t for layer in self._layers for t in layer[:2] if t is not None]
-        self._read_addresses()
+        prepared = [_prepare(layer) for layer in layers]
+        self._tensors = [tensors for tensors, _ in prepared]  # alive while C may read them
+        self._arguments = [
+            argument
+            for tensors, numbers in prepared
+            for argument in (*(0 if t is None else t.data_ptr() for t in tensors), *numbers)
+        ]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32 or not x.is_cpu or x.shape[1:] != (self.in_features,):
+        shape = x.shape
+        if shape[-1] != self.in_features:
+            raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(shape)}")
+        if x.dtype != torch.float32 or not x.is_cpu:
             raise ValueError(
-                f"expected float32 (batch, {self.in_features}) on the CPU, "
-                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+                f"expected x in torch.float32 on cpu, as the weight is, got {x.dtype} on {x.device}"
             )
-        if [t.data_ptr() for t in self._trained] != self._addresses:
-            self._read_addresses()
+        if len(shape) != 2:
+            return self(x.reshape(-1, self.in_features)).view(*shape[:-1], self.out_features)
+        if x.is_neg() or x.layout is not torch.strided:
+            x = x.to_dense().resolve_neg()
         x = rows(x)
-        y = x.new_empty(x.shape[0], self.out_features)
-        if y.numel():
+        y = x.new_empty(shape[0], self.out_features)
+        if shape[0]:
             _native.forward(
                 *(instruction_set.get(), torch.get_num_threads()),
-                *(x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0]),
+                *(x.data_ptr(), x.stride(0), y.data_ptr(), shape[0]),
                 *self._arguments,
             )
         return y
 
-    def _read_addresses(self) -> None:
-        for t in self._trained:
-            if t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous():
-                raise ValueError(
-                    f"expected contiguous float32 tensors on the CPU, "
-                    f"got {t.dtype} of strides {t.stride()} on {t.device}"
-                )
-        self._addresses = [t.data_ptr() for t in self._trained]
-        self._arguments = []
-        for values, bias, crow, col, *numbers in self._layers:
-            tensors = (values, bias, crow, col)
-            self._arguments += [0 if t is None else t.data_ptr() for t in tensors] + numbers
 
-
-def _prepare(layer: ChainLayer) -> tuple:
-    """values, bias, crow, col, R, C, in_features, out_features, relu, as the kernels take them"""
+def _prepare(layer: ChainLayer) -> tuple[tuple, tuple]:
+    """(values, bias, crow, col), (R, C, in_features, out_features, relu): what the kernels take"""
     values, pattern, bias, in_features, out_features, activation = layer
     if activation not in ("none", "relu"):
         raise ValueError(f"expected activation 'none' or 'relu', got {activation!r}")
-    if pattern is None:  # a block for each output
-        C, R = in_features, 1
-        crow = torch.arange(out_features + 1, dtype=torch.int32, device="cpu")
-        col = torch.zeros(out_features, dtype=torch.int32, device="cpu")
-    else:
-        _, C, R = values.shape
-        crow, col = (t.contiguous().cpu() for t in pattern[:2])
-    return values, bias, crow, col, R, C, in_features, out_features, activation == "relu"
+    values, bias = (None if t is None else t.detach() for t in (values, bias))
+    for t in (values,) if bias is None else (values, bias):
+        if t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous() or t.is_neg():
+            raise ValueError(
+                f"expected contiguous float32 tensors on the CPU, "
+                f"got {t.dtype} of strides {t.stride()} on {t.device}"
+            )
+    if pattern is None:
+        values = values.view(out_features, in_features, 1)
+        pattern = _one_block_each(out_features)
+    check_sizes(values, pattern, bias, in_features, out_features)
+    _, C, R = values.shape
+    sizes = R, C, in_features, out_features
+    return (values, bias, *pattern[:2]), (*sizes, activation == "relu")
+
+
+def _one_block_each(out_features: int) -> Pattern:
+    """A dense weight: each output owns one block, of all inputs."""
+    crow = torch.arange(out_features + 1, dtype=torch.int32, device="cpu")
+    col = torch.zeros(out_features, dtype=torch.int32, device="cpu")
+    return Pattern.from_indices(crow, col, (out_features, 1))

@@ -4,20 +4,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pattern import Pattern
+from .pattern import Pattern, row_indices
 
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
 GATHERED = 1 << 20  # inputs gathered at a time, to bound memory: 4 MB in fp32
 
 
-def to_dense(values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Tensor:
-    """values: (nnz, C, R) -> (out_features, in_features) = shape, zero where no block is kept"""
-    (block_rows, block_cols), (_, C, R) = pattern.grid, values.shape
-    blocks = values.new_zeros(block_rows, block_cols, C, R)
-    blocks[pattern.row_indices, pattern.col_indices] = values
-    return blocks.permute(0, 3, 1, 2).reshape(block_rows * R, block_cols * C)[
-        : shape[0], : shape[1]
-    ]
+def to_dense(
+    values: Tensor, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """values: (nnz, C, R) -> (out_features, in_features) = shape, zero where no block is kept.
+
+    In operations that are differentiable, and that compile, export and vmap.
+    """
+    (nnz, C, R), (out_features, in_features) = values.shape, shape
+    rows, cols = -(-out_features // R), -(-in_features // C)
+    places = row_indices(crow_indices, nnz), col_indices.long()
+    blocks = values.new_zeros(rows, cols, C, R).index_put(places, values)
+    return blocks.permute(0, 3, 1, 2).reshape(rows * R, cols * C)[:out_features, :in_features]
+
+
+def definition(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str = "none",
+) -> Tensor:
+    """activation(x @ weight.T + bias), which `linear` does without the dense weight."""
+    weight = to_dense(values, crow_indices, col_indices, (out_features, x.shape[1]))
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
 def linear(
@@ -36,9 +54,8 @@ def linear(
     if longest is not None:
         y = _gather_matmul(x, values, pattern.crow_indices, pattern.col_indices, longest)
         y = y[:, :out_features] if bias is None else y[:, :out_features] + bias
-    else:
-        y = F.linear(x, to_dense(values, pattern, (out_features, x.shape[1])), bias)
-    return ACTIVATIONS[activation](y).contiguous()
+        return ACTIVATIONS[activation](y).contiguous()
+    return definition(x, values, *pattern[:2], bias, out_features, activation)
 
 
 def linear_grad_input(grad: Tensor, values: Tensor, pattern: Pattern, in_features: int) -> Tensor:
@@ -48,7 +65,7 @@ def linear_grad_input(grad: Tensor, values: Tensor, pattern: Pattern, in_feature
         by_column = values[pattern.t_slots].mT  # (nnz, R, C)
         dx = _gather_matmul(grad, by_column, pattern.ccol_indices, pattern.t_row_indices, longest)
         return dx[:, :in_features].contiguous()
-    return grad @ to_dense(values, pattern, (grad.shape[1], in_features))
+    return grad @ to_dense(values, *pattern[:2], (grad.shape[1], in_features))
 
 
 def _gathered_length(compressed: Tensor, full: int, height: int) -> int | None:

@@ -1,9 +1,10 @@
-"""Where the kept blocks of a weight are, as the kernels read it."""
+"""Where the kept blocks of a weight are: checked once, then read by the kernels without a doubt."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 
 class Pattern(NamedTuple):
@@ -12,6 +13,9 @@ class Pattern(NamedTuple):
     The weight is a grid of block_rows x block_cols blocks of R outputs x C inputs; `nnz` of them
     are kept, and `values[n]`, of shape (C, R), is the n-th in row-major order, transposed.
     The first two tensors say everything; the others are derived, for the kernels' sake.
+
+    Kernels trust a pattern, so `from_indices` and `pattern_of` are the only ways to make one: its
+    tensors are checked copies that nobody else holds, and nothing may write to them.
     """
 
     crow_indices: Tensor  # (block_rows + 1,): row r owns values[crow[r] : crow[r + 1]]
@@ -24,26 +28,109 @@ class Pattern(NamedTuple):
     col_order: Tensor  # (block_cols,): block columns, the one with the most blocks first
 
     @classmethod
-    def from_indices(cls, crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> "Pattern":
-        """Derives the rest from valid indices; `block_cols` is ceil(in_features / C)."""
-        crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
-        per_row = crow_indices.diff()
-        rows = torch.arange(len(per_row), device=per_row.device)
-        row_indices = rows.repeat_interleave(per_row, output_size=len(col_indices))
-        per_col = torch.bincount(col_indices, minlength=block_cols)
-        ccol_indices = torch.cat([per_col.new_zeros(1), per_col.cumsum(0)])
-        slots = col_indices.argsort(stable=True)
-        derived = (
-            row_indices,
-            per_row.argsort(descending=True, stable=True),
-            ccol_indices,
-            row_indices[slots],
-            slots,
-            per_col.argsort(descending=True, stable=True),
-        )
-        return cls(crow_indices, col_indices, *(t.to(torch.int32) for t in derived))
+    def from_indices(
+        cls, crow_indices: Tensor, col_indices: Tensor, grid: tuple[int, int]
+    ) -> "Pattern":
+        """Copies the indices, checks them and derives the rest; ValueError unless well-formed.
+
+        grid: (block_rows, block_cols)
+        """
+        with torch.inference_mode(False):  # a pattern outlives the mode that it was made in
+            crow, col = (_copied(t) for t in (crow_indices, col_indices))
+            check_indices(crow, col, grid)
+            per_row, per_col = crow.diff(), torch.bincount(col, minlength=grid[1])
+            rows = row_indices(crow, len(col))
+            slots = col.argsort(stable=True)
+            derived = (
+                rows,
+                per_row.argsort(descending=True, stable=True),
+                torch.cat([per_col.new_zeros(1), per_col.cumsum(0)]),
+                rows[slots],
+                slots,
+                per_col.argsort(descending=True, stable=True),
+            )
+            return cls(crow, col, *(t.to(torch.int32) for t in derived))
 
     @property
     def grid(self) -> tuple[int, int]:
         """(block_rows, block_cols)"""
         return self.row_order.shape[0], self.col_order.shape[0]
+
+
+def _copied(indices: Tensor) -> Tensor:
+    return torch.empty_like(indices, memory_format=torch.contiguous_format).copy_(indices)
+
+
+def check_indices(crow_indices: Tensor, col_indices: Tensor, grid: tuple[int, int]) -> None:
+    """Raises ValueError unless they say where the blocks of such a grid are, in row-major order."""
+    rows, cols = grid
+    for name, indices in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+        if (indices.dtype, indices.dim(), indices.is_contiguous()) != (torch.int32, 1, True):
+            raise ValueError(
+                f"expected {name} to be a contiguous vector of int32, "
+                f"got {indices.dtype} of shape {tuple(indices.shape)}"
+            )
+    nnz = len(col_indices)
+    if len(crow_indices) != rows + 1:
+        raise ValueError(
+            f"expected {rows + 1} crow_indices for {rows} block rows, got {len(crow_indices)}"
+        )
+    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
+    if crow[0] != 0 or crow[-1] != nnz or (crow.diff() < 0).any():
+        raise ValueError(f"expected crow_indices to rise from 0 to {nnz}, got {crow}")
+    if nnz and (col.min() < 0 or col.max() >= cols):
+        raise ValueError(
+            f"expected col_indices from 0 to {cols - 1}, got {col.min()} to {col.max()}"
+        )
+    falls = (col.diff() <= 0).nonzero().flatten() + 1
+    inside = ~torch.isin(falls, crow)  # a new block row may start again at a lower column
+    if inside.any():
+        n = int(falls[inside][0])
+        raise ValueError(
+            f"expected col_indices to rise strictly within a block row, "
+            f"got {col[n - 1]} then {col[n]} at {n}"
+        )
+
+
+def check_sizes(
+    values: Tensor,
+    pattern: Pattern,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+) -> None:
+    """ValueError unless a kernel that trusts these sizes stays within each of the tensors."""
+    nnz, C, R = values.shape
+    grid, blocks = (-(-out_features // R), -(-in_features // C)), len(pattern.col_indices)
+    if (nnz, grid) != (blocks, pattern.grid):
+        raise ValueError(
+            f"expected values of {blocks} blocks in a grid of {pattern.grid}, "
+            f"got {tuple(values.shape)} for a grid of {grid}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"expected a bias of shape ({out_features},), got {tuple(bias.shape)}")
+
+
+def row_indices(crow_indices: Tensor, nnz: int) -> Tensor:
+    """(nnz,) int64: the block row of each block; in operations that compile, export and vmap."""
+    ends = crow_indices[1:].long()
+    passed = ends.new_zeros(nnz + 1).scatter_add(0, ends, torch.ones_like(ends))
+    return passed.cumsum(0)[:nnz]  # how many rows have ended
+
+
+# col_indices -> what its pattern was derived from, and the pattern
+_patterns = WeakTensorKeyDictionary()
+
+
+def pattern_of(crow_indices: Tensor, col_indices: Tensor, grid: tuple[int, int]) -> Pattern:
+    """`Pattern.from_indices`, derived anew only where the indices are others or have changed."""
+    try:
+        made_of = tuple((t._version, t.data_ptr(), t.shape) for t in (crow_indices, col_indices))
+    except RuntimeError:  # tensors of inference mode count no versions
+        return Pattern.from_indices(crow_indices, col_indices, grid)
+    known = _patterns.get(col_indices)
+    if known is None or known[0]() is not crow_indices or known[1:3] != (made_of, grid):
+        pattern = Pattern.from_indices(crow_indices, col_indices, grid)
+        known = TensorWeakRef(crow_indices), made_of, grid, pattern
+        _patterns[col_indices] = known
+    return known[3]
