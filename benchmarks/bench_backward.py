@@ -37,7 +37,7 @@ def _measure(case: gpu.Case) -> dict:
             layer = functools.partial(F.linear, weight=leaf)
         else:
             layer = gpu.ours(weight, case.blocksize).requires_grad_(True)
-            leaf = layer.values
+            leaf = layer.weight_values
         calls.append(functools.partial(_step, layer, leaf, x.requires_grad_(True), grad))
     layer, _, x, grad = calls[0].args
     y, dx, dweight = calls[0]()

@@ -56,15 +56,19 @@ class Problem:
 
     def case(self, op: str) -> tiles.Case:
         layer = self.layer
-        return tiles.case(op, self.x.dtype, len(self.x), layer.values.shape, layer.pattern.grid)
+        return tiles.case(
+            op, self.x.dtype, len(self.x), layer.weight_values.shape, layer.pattern.grid
+        )
 
     def run(self, op: str) -> Tensor:
         layer, pattern = self.layer, self.layer.pattern
         if op == "linear":
-            return linear_triton.linear(self.x, layer.values, pattern, None, layer.out_features)
+            return linear_triton.linear(
+                self.x, layer.weight_values, pattern, None, layer.out_features
+            )
         if op == "grad_input":
             return linear_triton.linear_grad_input(
-                self.grad, layer.values, pattern, layer.in_features
+                self.grad, layer.weight_values, pattern, layer.in_features
             )
         return sddmm_triton.sddmm(self.grad, self.x, pattern, layer.blocksize[::-1])
 

@@ -20,11 +20,24 @@ class Backend(NamedTuple):
     linear: Callable[..., Tensor]
     linear_grad_input: Callable[..., Tensor]
     sddmm: Callable[..., Tensor]
+    crossover: Callable[[int], float]  # block height R -> density up to which sparse is faster
+    chains: bool = False  # whether several layers can run as one call
 
 
-TORCH = Backend("torch", linear_torch.linear, linear_torch.linear_grad_input, sddmm_torch.sddmm)
+TORCH = Backend(
+    "torch",
+    linear_torch.linear,
+    linear_torch.linear_grad_input,
+    sddmm_torch.sddmm,
+    crossover=lambda R: 0.0,
+)
 NATIVE = Backend(
-    "native", linear_native.linear, linear_native.linear_grad_input, sddmm_native.sddmm
+    "native",
+    linear_native.linear,
+    linear_native.linear_grad_input,
+    sddmm_native.sddmm,
+    crossover=lambda R: 0.8 if R % 8 == 0 else 0.5,
+    chains=True,
 )
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -89,5 +102,9 @@ def _triton() -> Backend:
     from . import linear_triton, sddmm_triton
 
     return Backend(
-        "triton", linear_triton.linear, linear_triton.linear_grad_input, sddmm_triton.sddmm
+        "triton",
+        linear_triton.linear,
+        linear_triton.linear_grad_input,
+        sddmm_triton.sddmm,
+        crossover=lambda R: 0.76 if R >= 128 else 0.45 if R >= 64 else 0.13,
     )

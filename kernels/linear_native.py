@@ -118,6 +118,16 @@ class Chain:
             for argument in (*(0 if t is None else t.data_ptr() for t in tensors), *numbers)
         ]
 
+    @staticmethod
+    def takes(layer: ChainLayer) -> bool:
+        """Whether a chain can have it: its parameters as a chain wants them, none or a ReLU."""
+        tensors = [layer.values] if layer.bias is None else [layer.values, layer.bias]
+        return (
+            _native is not None
+            and layer.activation in ("none", "relu")
+            and all(_is_plain_float32(t) for t in tensors)
+        )
+
     def __call__(self, x: Tensor) -> Tensor:
         shape = x.shape
         if shape[-1] != self.in_features:
@@ -141,6 +151,10 @@ class Chain:
         return y
 
 
+def _is_plain_float32(t: Tensor) -> bool:
+    return t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() and not t.is_neg()
+
+
 def _prepare(layer: ChainLayer) -> tuple[tuple, tuple]:
     """(values, bias, crow, col), (R, C, in_features, out_features, relu): what the kernels take"""
     values, pattern, bias, in_features, out_features, activation = layer
@@ -148,7 +162,7 @@ def _prepare(layer: ChainLayer) -> tuple[tuple, tuple]:
         raise ValueError(f"expected activation 'none' or 'relu', got {activation!r}")
     values, bias = (None if t is None else t.detach() for t in (values, bias))
     for t in (values,) if bias is None else (values, bias):
-        if t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous() or t.is_neg():
+        if not _is_plain_float32(t):
             raise ValueError(
                 f"expected contiguous float32 tensors on the CPU, "
                 f"got {t.dtype} of strides {t.stride()} on {t.device}"

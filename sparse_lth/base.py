@@ -1,68 +1,72 @@
 """BlockSparse, what every layer with a block-sparse weight is made of."""
 
 import threading
-import weakref
+from operator import is_
 from typing import NamedTuple
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.fx import Proxy
 
 from . import bsr
-from .kernels import Chain, ChainLayer, Pattern, backend, pattern_of
+from .kernels import (
+    Chain,
+    ChainLayer,
+    Pattern,
+    Weights,
+    is_traced,
+    linear,
+    pattern_of,
+    traced_linear,
+)
 from .kernels.linear_torch import ACTIVATIONS, to_dense
+from .kernels.pattern import check_sizes
+from .optimizers import forget
 from .weight import SparseWeight
 
-INDICES = ("crow_indices", "col_indices")
-BLOCKS = ("weight_values", *INDICES, "weight_kept")  # what a state_dict says of the blocks
-PLAIN = (Tensor, nn.Parameter)  # not a subclass, which may hold its numbers elsewhere
+INDEX_NAMES = ("crow_indices", "col_indices", "weight_kept")
 _changing = threading.RLock()  # held while the tensors of a layer change together
 
 
 class Snapshot(NamedTuple):
     """What a call computes with: tensors that belong together, whatever other threads do."""
 
-    pattern: Pattern
-    chain: Chain | None  # the native call, where one is possible
-    # of the layer's own tensors, to notice that they are others or have changed
-    values: Tensor
-    bias: Tensor | None
-    crow: Tensor
-    col: Tensor
-    marks: tuple[int, ...]
+    pattern: Pattern | None  # None where only a tracer can read the layer's tensors
+    chain: Chain | None  # the native call, where it is possible
+    tensors: tuple[Tensor | None, ...]  # the layer's own, ...
+    marks: tuple  # ... and what would be others had they changed
+    alive: tuple[Tensor, ...]  # their memory, so that no other tensor comes to lie there
 
 
 class BlockSparse(nn.Module):
-    """A layer whose weight is block-sparse, stored as the (out_features, in_features) matrix.
+    """A layer whose weight is block-sparse: the (out_features, in_features) matrix.
 
     weight_values: Parameter (nnz_blocks, C, R); bias: Parameter (out_features,) or None
     crow_indices: int32 (block_rows + 1,); col_indices: int32 (nnz_blocks,)
-    weight_kept: bool (nnz_blocks, C, R), or None where every stored weight may train: weights that
-        a mask pruned inside a kept block are 0 whatever is stored for them
+    weight_kept: None, or bool (nnz_blocks, C, R) where a mask pruned weights inside kept blocks:
+        those are 0, whatever is stored for them
     blocksize: (R, C) = outputs x inputs of one block; (1, 1) is unstructured
     activation: "none", "relu" or "gelu", applied to the output in the same kernel
 
-    These are ordinary tensors: whatever torch does to them is seen at the next call, which checks
-    the indices again if they are others, and raises ValueError where the tensors do not fit.
+    These are ordinary tensors, so `state_dict`, `deepcopy`, `pickle`, optimizers, `.to()` and
+    `torch.compile` work as on any module. Whatever is done to them is seen at the next call, which
+    checks the indices if they changed and raises ValueError where the tensors do not fit.
     """
 
-    in_features: int  # of the matrix
-    out_features: int
+    _last: Snapshot | None = None
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool,
-        blocksize: tuple[int, int],
+        blocksize: tuple[int, int] | int,
         density: float,
         activation: str,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ):
         super().__init__()
-        blocksize = bsr.as_blocksize(blocksize)
         if in_features < 1 or out_features < 1:
             raise ValueError(f"expected positive features, got {in_features} -> {out_features}")
         if not 0 <= density <= 1:
@@ -70,31 +74,25 @@ class BlockSparse(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"expected activation in {list(ACTIVATIONS)}, got {activation!r}")
         self.in_features, self.out_features = in_features, out_features
-        self.blocksize, self.activation = blocksize, activation
-        R, C = blocksize
-        nnz = round(density * self.grid[0] * self.grid[1])
-        options = {"device": device, "dtype": dtype}
-        self.weight_values = nn.Parameter(torch.empty(nnz, C, R, **options))
+        self.blocksize, self.activation = bsr.as_blocksize(blocksize), activation
+        (R, C), (rows, cols) = self.blocksize, self.grid
+        values = torch.empty(round(density * rows * cols), C, R, device=device, dtype=dtype)
+        self.weight_values = nn.Parameter(values)
         self.register_parameter("bias", None)
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, **options))
-        self.register_buffer("crow_indices", None)
-        self.register_buffer("col_indices", None)
-        self.register_buffer("weight_kept", None)
-        self._last = None
+            self.bias = nn.Parameter(values.new_empty(out_features))
+        for name in INDEX_NAMES:
+            self.register_buffer(name, None)
         self._draw_blocks()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1 / sqrt(average inputs of an output), zero in the padding.
+        """Uniform in +-1 / sqrt(average inputs of an output), zero where nothing is stored.
 
-        Indices that are not valid, as after `to_empty`, are drawn anew.
+        Indices without valid numbers, as `to_empty` leaves them, are drawn anew.
         """
-        if not self.weight_values.is_meta:
-            try:
-                pattern_of(self.crow_indices, self.col_indices, self.grid)
-            except ValueError:
-                self._draw_blocks()
+        if not self.weight_values.is_meta and not self._has_valid_indices():
+            self._draw_blocks()
         nnz, C, _ = self.weight_values.shape
         bound = max(1, nnz * C / self.grid[0]) ** -0.5
         nn.init.uniform_(self.weight_values, -bound, bound)
@@ -112,85 +110,257 @@ class BlockSparse(nn.Module):
     @property
     def pattern(self) -> Pattern:
         """Where the kept blocks are, checked; ValueError if the indices are not valid."""
-        return self._snapshot().pattern
+        return pattern_of(self.crow_indices, self.col_indices, self.grid)
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, in_features), to read: its numbers are made when they are asked for.
+        """The dense weight, to read; its numbers are made where they are asked for.
 
-        `F.linear` with it runs the sparse kernels, gradients reach `weight_values`, and what would
-        write to it raises RuntimeError.
+        Gradients reach `weight_values`. RuntimeError where something would write to it.
         """
         return SparseWeight.of(self)
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the dense layer's weight: (out_features, in_features) unless a layer says otherwise."""
+        return self.out_features, self.in_features
+
+    @property
     def density(self) -> float:
-        """Stored weights / all weights; neither padding nor weights pruned in a block count."""
+        """Weights that are stored and not pruned / all weights; padding does not count."""
         return int(self._stored().sum()) / (self.in_features * self.out_features)
 
     def masked_values(self) -> Tensor:
-        """(nnz_blocks, C, R): `weight_values`, 0 where a mask pruned inside a block"""
+        """(nnz_blocks, C, R): `weight_values`, 0 where a mask pruned inside a block."""
         kept = self.weight_kept
         return self.weight_values if kept is None else self.weight_values * kept
 
-    def dense_weight(self) -> Tensor:
-        """(out_features, in_features), differentiable in `weight_values`"""
-        return to_dense(
-            self.masked_values(),
-            *(self.crow_indices, self.col_indices),
-            (self.out_features, self.in_features),
-        )
+    def shaped_weight(self, values: Tensor | None = None) -> Tensor:
+        """The dense weight, of `weight_shape` and differentiable in `weight_values`; or `values`
+        of the same blocks, such as a gradient, in their places."""
+        values = self.masked_values() if values is None else values
+        matrix = self.out_features, self.in_features
+        dense = to_dense(values, self.crow_indices, self.col_indices, matrix)
+        return dense.view(self.weight_shape)
 
     def extra_repr(self) -> str:
-        known = not self.weight_values.is_meta
-        text = f"bias={self.bias is not None}, blocksize={self.blocksize}, "
-        text += f"density={format(self.density, '.4f') if known else 'unknown'}"
+        density = "unknown" if self.weight_values.is_meta else format(self.density, ".4f")
+        text = f"bias={self.bias is not None}, blocksize={self.blocksize}, density={density}"
         return text if self.activation == "none" else f"{text}, activation={self.activation}"
 
     def _stored(self) -> Tensor:
-        """(nnz, C, R) bool: True where a stored value is a weight: no padding, not pruned."""
+        """(nnz, C, R) bool: True where a stored value is a weight: not padding, not pruned."""
         (R, C), pattern = self.blocksize, self.pattern
         rows = pattern.row_indices[:, None] * R + torch.arange(R, device=pattern.row_indices.device)
         cols = pattern.col_indices[:, None] * C + torch.arange(C, device=pattern.col_indices.device)
         inside = (cols < self.in_features)[:, :, None] & (rows < self.out_features)[:, None, :]
         return inside if self.weight_kept is None else inside & self.weight_kept
 
+    def _has_valid_indices(self) -> bool:
+        try:
+            return self.pattern is not None
+        except ValueError:
+            return False
+
     def _draw_blocks(self) -> None:
         """Random blocks, as many as there are values."""
-        rows, cols = self.grid
-        nnz = len(self.weight_values)
+        (rows, cols), nnz = self.grid, len(self.weight_values)
         order = torch.randperm(rows * cols if nnz else 0, device="cpu")
         kept = order[:nnz].sort().values
         starts = torch.arange(0, rows * cols + 1, cols, device="cpu")
-        self._set_blocks(torch.searchsorted(kept, starts).int(), (kept % cols).int())
+        self._set_indices(torch.searchsorted(kept, starts).int(), (kept % cols).int())
 
-    def _set_blocks(self, crow_indices: Tensor, col_indices: Tensor, kept: Tensor | None = None):
-        device = self.weight_values.device
-        self.crow_indices = crow_indices.to(device)
-        self.col_indices = col_indices.to(device)
-        self.weight_kept = None if kept is None else kept.to(device)
+    def _set_indices(self, crow_indices: Tensor, col_indices: Tensor, kept: Tensor | None = None):
+        for name, tensor in zip(INDEX_NAMES, (crow_indices, col_indices, kept), strict=True):
+            setattr(self, name, None if tensor is None else tensor.to(self.weight_values.device))
 
     def _snapshot(self) -> Snapshot:
-        """The last snapshot while all it was made of is unchanged, else a new one."""
+        """The last one while all that it was made of is unchanged, else a new one.
+
+        ValueError, naming what is wrong, where the tensors of the layer do not fit each other.
+        """
         last = self._last
         if last is not None:
             parameters, buffers = self._parameters, self._buffers
-            values, bias = parameters.get("weight_values"), parameters.get("bias")
-            crow, col = buffers["crow_indices"], buffers["col_indices"]
-            if (
-                values is last.values
-                and bias is last.bias
-                and crow is last.crow
-                and col is last.col
-                and _marks(values, bias, crow, col) == last.marks
-            ):
+            tensors = (
+                parameters.get("weight_values"),
+                parameters.get("bias"),
+                buffers.get("crow_indices"),
+                buffers.get("col_indices"),
+                buffers.get("weight_kept"),
+            )
+            if all(map(is_, tensors, last.tensors)) and _marks(*tensors) == last.marks:
                 return last
         with _changing:
             self._last = made = self._take_snapshot()
         return made
 
     def _take_snapshot(self) -> Snapshot:
-        values, bias, kept = self.weight_values, self.bias, self.weight_kept
-        crow, col = self.crow_indices, self.col_indices
-        pattern = pattern_of(crow, col, self.grid)
-        ...
+        values, bias = self.weight_values, self.bias
+        tensors = values, bias, *(getattr(self, name) for name in INDEX_NAMES)
+        marks = _marks(*tensors)
+        if any(
+            type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in tensors if t is not None
+        ):
+            return Snapshot(None, None, tensors, marks, ())
+        alive = tuple(None if t is None else t.detach() for t in tensors)
+        values, bias, crow, col, kept = alive
+        if values.dim() != 3 or values.shape[:0:-1] != self.blocksize:
+            raise ValueError(
+                f"expected weight_values (nnz_blocks, C, R) in blocks (R, C) of {self.blocksize}, "
+                f"got {tuple(values.shape)}"
+            )
+        if kept is not None and (kept.shape, kept.dtype) != (values.shape, torch.bool):
+            raise ValueError(
+                f"expected weight_kept of shape {tuple(values.shape)} and torch.bool, "
+                f"got {tuple(kept.shape)} and {kept.dtype}"
+            )
+        pattern = self.pattern
+        check_sizes(values, pattern, bias, self.in_features, self.out_features)
+        sizes = self.in_features, self.out_features, self.activation
+        layer = ChainLayer(values, pattern, bias, *sizes)
+        chain = Chain([layer]) if kept is None and Chain.takes(layer) else None
+        return Snapshot(pattern, chain, tensors, marks, alive)
+
+    def product(self, x: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+        """activation(x @ weight.T + bias); x: (..., in_features) -> (..., out_features)"""
+        if isinstance(x, Proxy):  # of torch.fx, which has no shape yet
+            return self._traced_product(x, bias, activation)
+        if x.is_nested:
+            raise ValueError(
+                f"{type(self).__name__}: expected a dense tensor, got a nested one: give it "
+                f"x.to_padded_tensor(0.0), or its x.values()"
+            )
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
+        dtype = _autocast_dtype(x)
+        x = x if dtype is None else x.to(dtype)
+        if is_traced(x) or self._snapshot().pattern is None:
+            return self._traced_product(x, bias, activation, dtype)
+        with _changing:  # tensors of one moment
+            values, pattern = self.masked_values(), self._snapshot().pattern
+            if dtype is not None:
+                values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
+            weights = Weights(values.detach(), pattern, None if bias is None else bias.detach())
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        y = linear(flat, values, pattern, bias, self.out_features, activation, weights)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _traced_product(self, x, bias, activation, dtype=None):
+        values = self.masked_values()
+        if dtype is not None:
+            values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
+        flat, indices = x.reshape(-1, self.in_features), (self.crow_indices, self.col_indices)
+        y = traced_linear(flat, values, *indices, bias, self.out_features, activation)
+        return y.view(x.shape[:-1] + (self.out_features,))
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_last"}
+
+    def _apply(self, fn, recurse=True):
+        """Moves the indices and leaves them their dtype, which `type()` would change."""
+        before = {name: self._buffers[name] for name in INDEX_NAMES}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            if tensor is not None and self._buffers[name].dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(self._buffers[name].device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Takes other blocks as well as other values; all of them, or none and an error.
+
+        The Parameter stays, so that an optimizer goes on training it, from a state of its own.
+        """
+        if f"{prefix}values" in state_dict:  # as files before version 0.2 call them
+            state_dict[f"{prefix}weight_values"] = state_dict.pop(f"{prefix}values")
+        names = ("weight_values", *INDEX_NAMES)
+        given = {name: state_dict.get(f"{prefix}{name}") for name in names}
+        rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        if all(tensor is None for tensor in given.values()):
+            return super()._load_from_state_dict(state_dict, prefix, *rest)
+        try:
+            blocks = self._checked_blocks(given, state_dict.get(f"{prefix}bias"))
+        except ValueError as error:
+            error_msgs.append(f"blocks of {prefix.rstrip('.') or type(self).__name__!r}: {error}")
+            return None
+        with _changing:
+            if blocks is not None:
+                self._take_blocks(*blocks)
+            return super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _checked_blocks(
+        self, given: dict[str, Tensor | None], bias: Tensor | None
+    ) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor | None] | None:
+        """Shape of the values, crow, col, kept; None where they are those that the layer has."""
+        now = {name: getattr(self, name) for name in given}
+        indices_given = given["crow_indices"] is not None or given["col_indices"] is not None
+        values, crow, col, kept = (now[n] if t is None else t for n, t in given.items())
+        if indices_given and given["weight_kept"] is None:
+            kept = None
+        bsr.validate(values, crow, col, (self.out_features, self.in_features))
+        if values.shape[:0:-1] != self.blocksize:
+            raise ValueError(
+                f"expected blocks of {self.blocksize}, got {tuple(values.shape[:0:-1])}; convert "
+                f"a layer of those blocks instead"
+            )
+        if kept is not None and (kept.shape, kept.dtype) != (values.shape, torch.bool):
+            raise ValueError(
+                f"expected weight_kept of shape {tuple(values.shape)} and torch.bool, "
+                f"got {tuple(kept.shape)} and {kept.dtype}"
+            )
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"expected a bias of {self.out_features}, got {tuple(bias.shape)}")
+        same = values.shape == now["weight_values"].shape and all(
+            a is b or (a is not None and b is not None and not b.is_meta and _equal(a, b))
+            for a, b in (
+                (crow, now["crow_indices"]),
+                (col, now["col_indices"]),
+                (kept, now["weight_kept"]),
+            )
+        )
+        if same:
+            return None
+        if "weight_values" not in self._parameters:
+            raise ValueError(
+                "expected the blocks that the layer has, since its weight_values are pruned or "
+                "parametrized; remove that first"
+            )
+        return values.shape, crow, col, kept
+
+    def _take_blocks(self, shape, crow, col, kept) -> None:
+        """Room for the values of other blocks, in memory that no running call reads."""
+        parameter = self._parameters["weight_values"]
+        parameter.grad = None
+        parameter.data = parameter.data.new_empty(shape)
+        forget(parameter)
+        self._set_indices(crow.clone(), col.clone(), None if kept is None else kept.clone())
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What `nn.Linear` would compute in instead of the dtype of x."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+
+
+def _marks(values, bias, crow, col, kept) -> tuple:
+    """What changes when a tensor is given other memory or another shape, or indices are written.
+
+    Values that change in place need no new snapshot. A tuple that equals no other where torch
+    does not say, as of tensors that were made in inference mode.
+    """
+    try:
+        return (
+            *(values.data_ptr(), values.shape, values.is_contiguous()),
+            *(crow._version, crow.data_ptr(), col._version, col.data_ptr()),
+            *(() if bias is None else (bias.data_ptr(), bias.shape)),
+        )
+    except (AttributeError, RuntimeError):
+        return (object(),)

@@ -5,9 +5,25 @@ kernel reads R outputs contiguously. Sizes need not divide the weight: the last 
 column is padded with zeros.
 """
 
+from operator import index
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .kernels.pattern import check_indices, row_indices
+
+
+def as_blocksize(blocksize: tuple[int, int] | int) -> tuple[int, int]:
+    """(R, C), or n for (n, n); ValueError for anything but positive ints."""
+    pair = (blocksize, blocksize) if isinstance(blocksize, int) else blocksize
+    try:
+        R, C = (index(size) for size in pair)
+    except (TypeError, ValueError):
+        R = C = 0
+    if min(R, C) < 1:
+        raise ValueError(f"expected a blocksize (R, C) of positive ints, or n, got {blocksize!r}")
+    return R, C
 
 
 def grid_shape(shape: tuple[int, int], blocksize: tuple[int, int]) -> tuple[int, int]:
@@ -37,6 +53,18 @@ def from_dense(
     return values, crow_indices.to(torch.int32), col_indices.to(torch.int32)
 
 
+def kept_in_blocks(mask: Tensor, blocks: tuple[Tensor, Tensor, Tensor]) -> Tensor | None:
+    """(nnz, C, R) bool: what `mask` keeps in the `blocks` of `from_dense`; None if it is all.
+
+    Padding counts as kept: it has no weight that could train.
+    """
+    values, crow_indices, col_indices = blocks
+    _, C, R = values.shape
+    pruned = blocks_of(~mask.to(torch.bool), (R, C))
+    kept = ~pruned[row_indices(crow_indices, len(values)), col_indices.long()]
+    return None if kept.all() else kept
+
+
 def validate(
     values: Tensor, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]
 ) -> None:
@@ -50,31 +78,6 @@ def validate(
             f"got {values.dtype} of shape {tuple(values.shape)}"
         )
     nnz, C, R = values.shape
-    rows, cols = grid_shape(shape, (R, C))
-    for name, indices in (("crow_indices", crow_indices), ("col_indices", col_indices)):
-        if indices.dtype != torch.int32 or indices.dim() != 1 or not indices.is_contiguous():
-            raise ValueError(
-                f"expected {name} to be a contiguous vector of int32, "
-                f"got {indices.dtype} of shape {tuple(indices.shape)}, strides {indices.stride()}"
-            )
-    if len(crow_indices) != rows + 1:
-        raise ValueError(
-            f"expected {rows + 1} crow_indices for {rows} block rows, got {len(crow_indices)}"
-        )
+    check_indices(crow_indices, col_indices, grid_shape(shape, (R, C)))
     if len(col_indices) != nnz:
         raise ValueError(f"expected {nnz} col_indices for {nnz} blocks, got {len(col_indices)}")
-    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
-    if crow[0] != 0 or crow[-1] != nnz or (crow.diff() < 0).any():
-        raise ValueError(f"expected crow_indices to rise from 0 to {nnz}, got {crow.tolist()}")
-    if nnz and (col.min() < 0 or col.max() >= cols):
-        raise ValueError(
-            f"expected col_indices from 0 to {cols - 1}, got {col.min()} to {col.max()}"
-        )
-    falls = (col.diff() <= 0).nonzero().flatten() + 1
-    inside = ~torch.isin(falls, crow)  # a new block row may start again at a lower column
-    if inside.any():
-        n = int(falls[inside][0])
-        raise ValueError(
-            f"expected col_indices to rise strictly within a block row, "
-            f"got {col[n - 1]} then {col[n]} at {n}"
-        )

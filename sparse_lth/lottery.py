@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from .convert import sparsify_
 from .files import FormatError, join_groups, load_tensors, save_tensors, split_prefix
 from .kernels import backend
-from .layers import sparsify_
 from .masks import density, magnitude_masks, weight_layers
 from .program.config import RunConfig, steps
 from .program.data import Dataset, batches

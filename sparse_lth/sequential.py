@@ -117,7 +117,7 @@ def _chain(modules: list[nn.Module]) -> Chain | None:
             layers[-1] = layers[-1]._replace(activation="relu")
         elif isinstance(module, SparseLinear):
             sizes = module.in_features, module.out_features, module.activation
-            layers.append(ChainLayer(module.values, module.pattern, module.bias, *sizes))
+            layers.append(ChainLayer(module.weight_values, module.pattern, module.bias, *sizes))
         elif isinstance(module, nn.Linear):
             sizes = module.in_features, module.out_features
             layers.append(ChainLayer(module.weight, None, module.bias, *sizes))

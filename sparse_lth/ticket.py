@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from . import masks as masking
+from .convert import sparsify_
 from .files import FormatError, join_groups, load_tensors, save_tensors, split_prefix
-from .layers import SparseLinear, sparsify_
+from .layers import SparseLinear
 from .lottery import State, masked_model
 from .masks import weight_layers
 from .program.config import RunConfig
@@ -138,7 +139,7 @@ def load_sparse(path: str | Path) -> SparseSequential:
             raise TicketError(f"{path}: expected the name of a linear layer, got {name!r}")
         part = split_prefix(tensors, name)
         try:
-            layer = SparseLinear.from_blocks(dense.in_features, dense.out_features, **part)
+            layer = SparseLinear._from_blocks(dense.in_features, dense.out_features, **part)
             if layer.bias is None:
                 raise ValueError("expected a bias, got none")
         except (TypeError, ValueError) as error:

@@ -40,7 +40,7 @@ def test_forward_and_backward_are_those_of_the_dense_layer(size, blocksize, dens
     dense, bound = flat_grad.T @ flat_x, flat_grad.abs().T @ flat_x.abs()
     rows, cols = layer.row_indices, layer.col_indices
     dense, bound = (bsr.blocks_of(t, blocksize)[rows, cols] for t in (dense, bound))
-    assert_close(layer.values.grad, dense, bound)
+    assert_close(layer.weight_values.grad, dense, bound)
     assert_close(layer.bias.grad, flat_grad.sum(0), flat_grad.abs().sum(0))
 
 
@@ -129,7 +129,7 @@ def test_from_dense_takes_the_mask_of_prune_or_the_nonzero_weights():
     torch.testing.assert_close(SparseLinear.from_dense(dense)(x), dense(x))
     prune.remove(dense, "weight")
     layer = SparseLinear.from_dense(dense, blocksize=(1, 1))
-    assert len(layer.values) == int((dense.weight != 0).sum())
+    assert len(layer.weight_values) == int((dense.weight != 0).sum())
     torch.testing.assert_close(layer(x), dense(x))
     with pytest.raises(ValueError, match=r"mask of shape \(32, 48\), got \(48, 32\)"):
         SparseLinear.from_dense(dense, torch.ones(48, 32))
@@ -155,7 +155,7 @@ def test_padding_neither_starts_nor_trains():
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.randn(4, 20)).square().sum().backward()
     optimizer.step()
-    assert not layer.values[~layer._inside()].any()
+    assert not layer.weight_values[~layer._inside()].any()
 
 
 def test_repr_says_what_it_is():
@@ -195,7 +195,7 @@ def test_state_dict_with_bad_blocks_is_refused():
 def test_layers_build_on_the_meta_device():
     with torch.device("meta"):
         layer = SparseLinear(50, 40)
-    assert layer.values.is_meta
+    assert layer.weight_values.is_meta
     source = _layer(40, 50)
     layer.load_state_dict(source.state_dict(), assign=True)
     x = torch.randn(3, 50)
@@ -208,7 +208,7 @@ def test_autocast_computes_in_its_dtype():
         y = layer(torch.randn(3, 50))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-    assert layer.values.grad.dtype == torch.float32
+    assert layer.weight_values.grad.dtype == torch.float32
 
 
 def test_training_learns():
@@ -228,7 +228,7 @@ def test_training_learns():
 def _opcheck_inputs():
     layer = _layer(20, 33, density=0.3, blocksize=(8, 4))
     x = torch.randn(5, 33, requires_grad=True)
-    return x, layer.values, list(layer.pattern), layer.bias, 20
+    return x, layer.weight_values, list(layer.pattern), layer.bias, 20
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
@@ -296,9 +296,9 @@ def test_strided_indices_are_refused():
 
 def test_another_dtype_of_bias_or_input_is_refused():
     layer = _layer(64, 64)
-    tensors = layer.values.detach(), layer.crow_indices, layer.col_indices
+    tensors = layer.weight_values.detach(), layer.crow_indices, layer.col_indices
     with pytest.raises(ValueError, match=r"shape \(64,\) and torch\.float32"):
-        SparseLinear.from_blocks(64, 64, *tensors, bias=layer.bias.detach().double())
+        SparseLinear._from_blocks(64, 64, *tensors, bias=layer.bias.detach().double())
     layer.bias = nn.Parameter(layer.bias.half())
     with pytest.raises(ValueError, match=r"expected bias in torch\.float32"):
         layer(torch.randn(2, 64))
@@ -310,7 +310,7 @@ def test_from_dense_keeps_what_is_frozen_and_a_pruned_bias():
     dense = nn.Linear(64, 64)
     dense.weight.requires_grad_(False)
     layer = SparseLinear.from_dense(dense)
-    assert not layer.values.requires_grad
+    assert not layer.weight_values.requires_grad
     assert layer.bias.requires_grad
     prune.random_unstructured(dense, "bias", 0.5)
     with torch.no_grad():

@@ -29,7 +29,7 @@ def _step(layer, x, grad):
     """y, and the gradients of x, values and bias"""
     x = x.detach().requires_grad_(True)
     y = layer(x)
-    return y.detach(), *torch.autograd.grad(y, (x, layer.values, layer.bias), grad)
+    return y.detach(), *torch.autograd.grad(y, (x, layer.weight_values, layer.bias), grad)
 
 
 @pytest.fixture(params=["table", "sparse"])
@@ -157,12 +157,12 @@ def test_autocast(dtype):
         y = layer(x)
     y.float().sum().backward()
     assert y.dtype == dtype
-    assert {t.grad.dtype for t in (x, layer.values, layer.bias)} == {torch.float32}
+    assert {t.grad.dtype for t in (x, layer.weight_values, layer.bias)} == {torch.float32}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
 def test_opcheck():
     layer = _layer((80, 48), (16, 16))
     x = torch.randn(8, 48, device="cuda", dtype=torch.float16, requires_grad=True)
-    args = x, layer.values, list(layer.pattern), layer.bias, 80, "relu"
+    args = x, layer.weight_values, list(layer.pattern), layer.bias, 80, "relu"
     torch.library.opcheck(torch.ops.sparse_lth.linear.default, args)

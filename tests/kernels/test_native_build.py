@@ -32,7 +32,7 @@ for instruction_set in linear_native.INSTRUCTION_SETS:
                     layer = SparseLinear(inputs, out, True, blocksize, density, "relu")
                     last = torch.nn.Linear(out, 10)
                     chain = Chain([
-                        ChainLayer(layer.values, layer.pattern, layer.bias, inputs, out, "relu"),
+                        ChainLayer(layer.weight_values, layer.pattern, layer.bias, inputs, out, "relu"),
                         ChainLayer(last.weight, None, last.bias, out, 10),
                     ])
                     for batch in (1, 15, 67, 130):

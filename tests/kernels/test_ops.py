@@ -22,7 +22,7 @@ def test_gradient_ops_pass_torchs_own_checks(op, blocksize):
     layer = SparseLinear(33, 20, density=0.3, blocksize=blocksize).requires_grad_(False)
     grad, x, pattern = torch.randn(5, 20), torch.randn(5, 33), list(layer.pattern)
     args = {
-        "linear_grad_input": (grad, layer.values, pattern, 33),
+        "linear_grad_input": (grad, layer.weight_values, pattern, 33),
         "sddmm": (grad, x, pattern, *blocksize[::-1]),
     }
     torch.library.opcheck(getattr(OPS, op).default, args[op])

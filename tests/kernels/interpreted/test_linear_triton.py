@@ -27,7 +27,7 @@ def _layer(size, blocksize, density, dtype=torch.float32, **options):
 
 def _check(layer, x, grad):
     """All of the layer's kernels on one batch; x: (batch, in); grad: (batch, out)"""
-    pattern, values, bias = layer.pattern, layer.values, layer.bias
+    pattern, values, bias = layer.pattern, layer.weight_values, layer.bias
     y = linear_triton.linear(x, values, pattern, bias, layer.out_features, layer.activation)
     dx = linear_triton.linear_grad_input(grad, values, pattern, layer.in_features)
     weight = linear_torch.to_dense(values, pattern, (layer.out_features, layer.in_features))
@@ -41,7 +41,7 @@ def _check(layer, x, grad):
 
 
 def _batch(layer, batch):
-    dtype = layer.values.dtype
+    dtype = layer.weight_values.dtype
     sizes = layer.in_features, layer.out_features
     return [torch.randn(batch, size, dtype=dtype) for size in sizes]
 
@@ -99,7 +99,7 @@ def test_relu_keeps_nan(parts, batch, monkeypatch):
     monkeypatch.setattr(tiles, "splits", lambda *_: parts)
     layer = _layer((16, 16), (16, 16), 1.0, activation="relu")
     x = torch.full((batch, 16), torch.nan)
-    y = linear_triton.linear(x, layer.values, layer.pattern, layer.bias, 16, "relu")
+    y = linear_triton.linear(x, layer.weight_values, layer.pattern, layer.bias, 16, "relu")
     assert y.isnan().all()
 
 
@@ -144,9 +144,9 @@ def test_padding_never_reaches_a_result(padding):
     layer = _layer((20, 20), (16, 16), 1.0)
     x, grad = _batch(layer, 5)
     args = layer.pattern, layer.bias, 20
-    y = linear_triton.linear(x, layer.values, *args)
-    dx = linear_triton.linear_grad_input(grad, layer.values, layer.pattern, 20)
-    values = layer.values.masked_fill(~layer._inside(), padding)
+    y = linear_triton.linear(x, layer.weight_values, *args)
+    dx = linear_triton.linear_grad_input(grad, layer.weight_values, layer.pattern, 20)
+    values = layer.weight_values.masked_fill(~layer._inside(), padding)
     assert torch.equal(linear_triton.linear(x, values, *args), y)
     assert torch.equal(linear_triton.linear_grad_input(grad, values, layer.pattern, 20), dx)
 
@@ -173,8 +173,8 @@ def test_training_step_is_that_of_the_dense_layer(size, blocksize, shape, layout
     grad = torch.where(exact > 0, grad.double(), 0)
     assert_close(x.grad, exact_x.grad, grad.abs() @ dense.weight.abs())
     flat, x = grad.reshape(-1, size[0]).abs(), exact_x.reshape(-1, size[1]).abs()
-    actual = linear_torch.to_dense(layer.values.grad, layer.pattern, size)
-    kept = linear_torch.to_dense(torch.ones_like(layer.values), layer.pattern, size)
+    actual = linear_torch.to_dense(layer.weight_values.grad, layer.pattern, size)
+    kept = linear_torch.to_dense(torch.ones_like(layer.weight_values), layer.pattern, size)
     assert_close(actual, dense.weight.grad * kept, flat.T @ x)
     assert_close(layer.bias.grad, dense.bias.grad, flat.sum(0))
 
@@ -192,5 +192,5 @@ def test_dense_takes_over_where_it_is_faster(monkeypatch):
     monkeypatch.setattr(linear_torch, "linear", lambda *args: called.append(args))
     layer = _layer((64, 64), (1, 1), 0.9)
     x, _ = _batch(layer, 600)
-    linear_triton.linear(x, layer.values, layer.pattern, layer.bias, 64)
+    linear_triton.linear(x, layer.weight_values, layer.pattern, layer.bias, 64)
     assert called
