@@ -109,6 +109,7 @@ class Chain:
                 raise ValueError(
                     f"expected in_features {before.out_features}, got {after.in_features}"
                 )
+        self.layers = tuple(layers)
         self.in_features, self.out_features = layers[0].in_features, layers[-1].out_features
         prepared = [_prepare(layer) for layer in layers]
         self._tensors = [tensors for tensors, _ in prepared]  # alive while C may read them

@@ -87,7 +87,7 @@ class BlockSparse(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1 / sqrt(average inputs of an output), zero where nothing is stored.
+        """Uniform in +-1 / sqrt(average inputs of an output), zero in the padding.
 
         Indices without valid numbers, as `to_empty` leaves them, are drawn anew.
         """
@@ -100,7 +100,7 @@ class BlockSparse(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
         if not self.weight_values.is_meta:
             with torch.no_grad():
-                self.weight_values.mul_(self._stored())
+                self.weight_values.mul_(self._inside())
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -122,13 +122,13 @@ class BlockSparse(nn.Module):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Of the dense layer's weight: (out_features, in_features) unless a layer says otherwise."""
+        """Of the dense layer's weight: (out_features, in_features), or as a convolution has it."""
         return self.out_features, self.in_features
 
     @property
     def density(self) -> float:
-        """Weights that are stored and not pruned / all weights; padding does not count."""
-        return int(self._stored().sum()) / (self.in_features * self.out_features)
+        """Stored weights / all weights, the padding of a last block not counted."""
+        return int(self._inside().sum()) / (self.in_features * self.out_features)
 
     def masked_values(self) -> Tensor:
         """(nnz_blocks, C, R): `weight_values`, 0 where a mask pruned inside a block."""
@@ -148,13 +148,12 @@ class BlockSparse(nn.Module):
         text = f"bias={self.bias is not None}, blocksize={self.blocksize}, density={density}"
         return text if self.activation == "none" else f"{text}, activation={self.activation}"
 
-    def _stored(self) -> Tensor:
-        """(nnz, C, R) bool: True where a stored value is a weight: not padding, not pruned."""
+    def _inside(self) -> Tensor:
+        """(nnz, C, R) bool: True where a stored value is a weight, False where it is padding."""
         (R, C), pattern = self.blocksize, self.pattern
         rows = pattern.row_indices[:, None] * R + torch.arange(R, device=pattern.row_indices.device)
         cols = pattern.col_indices[:, None] * C + torch.arange(C, device=pattern.col_indices.device)
-        inside = (cols < self.in_features)[:, :, None] & (rows < self.out_features)[:, None, :]
-        return inside if self.weight_kept is None else inside & self.weight_kept
+        return (cols < self.in_features)[:, :, None] & (rows < self.out_features)[:, None, :]
 
     def _has_valid_indices(self) -> bool:
         try:
@@ -199,22 +198,16 @@ class BlockSparse(nn.Module):
         values, bias = self.weight_values, self.bias
         tensors = values, bias, *(getattr(self, name) for name in INDEX_NAMES)
         marks = _marks(*tensors)
-        if any(
-            type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in tensors if t is not None
-        ):
+        if not all(t is None or _has_numbers(t) for t in tensors):
             return Snapshot(None, None, tensors, marks, ())
         alive = tuple(None if t is None else t.detach() for t in tensors)
-        values, bias, crow, col, kept = alive
+        values, bias, *_, kept = alive
         if values.dim() != 3 or values.shape[:0:-1] != self.blocksize:
             raise ValueError(
                 f"expected weight_values (nnz_blocks, C, R) in blocks (R, C) of {self.blocksize}, "
                 f"got {tuple(values.shape)}"
             )
-        if kept is not None and (kept.shape, kept.dtype) != (values.shape, torch.bool):
-            raise ValueError(
-                f"expected weight_kept of shape {tuple(values.shape)} and torch.bool, "
-                f"got {tuple(kept.shape)} and {kept.dtype}"
-            )
+        _check_kept(kept, values)
         pattern = self.pattern
         check_sizes(values, pattern, bias, self.in_features, self.out_features)
         sizes = self.in_features, self.out_features, self.activation
@@ -252,7 +245,7 @@ class BlockSparse(nn.Module):
             values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
         flat, indices = x.reshape(-1, self.in_features), (self.crow_indices, self.col_indices)
         y = traced_linear(flat, values, *indices, bias, self.out_features, activation)
-        return y.view(x.shape[:-1] + (self.out_features,))
+        return y.view(x.shape[:-1] + (self.out_features,))  # noqa: RUF005, a Proxy has no length
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_last"}
@@ -305,22 +298,11 @@ class BlockSparse(nn.Module):
                 f"expected blocks of {self.blocksize}, got {tuple(values.shape[:0:-1])}; convert "
                 f"a layer of those blocks instead"
             )
-        if kept is not None and (kept.shape, kept.dtype) != (values.shape, torch.bool):
-            raise ValueError(
-                f"expected weight_kept of shape {tuple(values.shape)} and torch.bool, "
-                f"got {tuple(kept.shape)} and {kept.dtype}"
-            )
+        _check_kept(kept, values)
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"expected a bias of {self.out_features}, got {tuple(bias.shape)}")
-        same = values.shape == now["weight_values"].shape and all(
-            a is b or (a is not None and b is not None and not b.is_meta and _equal(a, b))
-            for a, b in (
-                (crow, now["crow_indices"]),
-                (col, now["col_indices"]),
-                (kept, now["weight_kept"]),
-            )
-        )
-        if same:
+        indices = zip((crow, col, kept), (now[name] for name in INDEX_NAMES), strict=True)
+        if values.shape == now["weight_values"].shape and all(_equal(*pair) for pair in indices):
             return None
         if "weight_values" not in self._parameters:
             raise ValueError(
@@ -346,8 +328,23 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+def _check_kept(kept: Tensor | None, values: Tensor) -> None:
+    if kept is not None and (kept.shape, kept.dtype) != (values.shape, torch.bool):
+        raise ValueError(
+            f"expected weight_kept of shape {tuple(values.shape)} and torch.bool, "
+            f"got {tuple(kept.shape)} and {kept.dtype}"
+        )
+
+
+def _has_numbers(t: Tensor) -> bool:
+    """Whether they lie in memory that a kernel can read: no subclass, not on the meta device."""
+    return type(t) in (Tensor, nn.Parameter) and not t.is_meta
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.is_meta or b.is_meta:
+        return a is b
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a, b.to(a.device))
 
 
 def _marks(values, bias, crow, col, kept) -> tuple:

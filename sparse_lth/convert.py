@@ -75,9 +75,9 @@ def sparsify_(
     `nn.Linear` and Hugging Face's `Conv1D` are converted, other classes are left.
 
     Hooks, flags, attributes, the bias and tied weights are kept. All of the layers are replaced, or
-    none and an error. filter_fn(module, name) says which may be, by default all. Returns `model`, or
-    the new layer if `model` itself is one; `conversion(model)` says what became of each layer, and
-    there is a warning where none was converted. Make optimizers after it: it makes Parameters.
+    none and an error. filter_fn(module, name) says which may be, by default all. Returns `model`,
+    or the new layer if `model` itself is one; `conversion(model)` says what became of each layer,
+    and a warning where none was converted. Make optimizers after it: it makes new Parameters.
     """
     blocksize = bsr.as_blocksize(blocksize)
     layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if _is_linear(m)]

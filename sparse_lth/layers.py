@@ -103,7 +103,7 @@ class SparseLinear(BlockSparse):
         return bsr_array(tuple(parts), shape=tuple(weight.shape))
 
     @classmethod
-    def __from_blocks(
+    def _from_blocks(
         cls,
         in_features: int,
         out_features: int,
@@ -116,17 +116,21 @@ class SparseLinear(BlockSparse):
     ) -> "SparseLinear":
         """A layer on these tensors, in the format of the class; ValueError if they do not fit."""
         bsr.validate(weight_values, crow_indices, col_indices, (out_features, in_features))
+        if bias is not None and (bias.shape, bias.dtype) != ((out_features,), weight_values.dtype):
+            raise ValueError(
+                f"expected a bias of shape ({out_features},) and {weight_values.dtype}, "
+                f"got {tuple(bias.shape)} and {bias.dtype}"
+            )
         _, C, R = weight_values.shape
         layer = cls(in_features, out_features, bias is not None, (R, C), 0.0, activation, "meta")
         layer.weight_values = nn.Parameter(weight_values)
         if bias is not None:
             layer.bias = nn.Parameter(bias)
         layer._set_indices(crow_indices, col_indices, weight_kept)
-        layer._snapshot()  # raises where they do not fit
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features), of the dtype of `weight_values` unless under autocast -> (..., out)"""
+        """x: (..., in_features), in the weight's dtype unless under autocast -> (..., outputs)"""
         if not is_traced(x):
             chain = self._snapshot().chain
             if chain is not None and backend(x).chains and not self._needs_more(x):

@@ -1,12 +1,36 @@
 """SparseSequential, whose linear layers run as one call in inference on a CPU."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from .base import Snapshot
 from .kernels import Chain, ChainLayer, backend, is_traced
 from .layers import SparseLinear
 
 SMALL = 1 << 17  # weights of a dense layer that a chain may take: on larger ones torch is faster
+
+
+class Prepared(NamedTuple):
+    """The call of a network as it was; published whole, so that threads may share it."""
+
+    modules: list[nn.Module]
+    start: int  # where the chain begins
+    chain: Chain | None
+    hooks: list[dict]  # of the chain's modules, all empty
+    watched: list[tuple[dict, str, object]]  # attributes that say what a module computes
+    sparse: list[tuple[SparseLinear, Snapshot]]
+    dense: list[tuple[Tensor, int, torch.Size]]  # parameters, their addresses and shapes
+
+    def is_current(self, modules: list[nn.Module]) -> bool:
+        return (
+            self.modules == modules
+            and not any(self.hooks)
+            and all(mapping.get(name) is value for mapping, name, value in self.watched)
+            and all(layer._snapshot() is snapshot for layer, snapshot in self.sparse)
+            and all(t.data_ptr() == address and t.shape == size for t, address, size in self.dense)
+        )
 
 
 class SparseSequential(nn.Sequential):
@@ -22,53 +46,47 @@ class SparseSequential(nn.Sequential):
         if (
             torch.is_grad_enabled()
             or is_traced(x)
-            or backend(x).name != "native"
+            or not backend(x).chains
             or torch.is_autocast_enabled("cpu")
         ):
             return super().forward(x)
-        start, chain = self._prepared()
-        if chain is None:
-            return super().forward(x)
         modules = list(self._modules.values())
-        for module in modules[:start]:
+        prepared = self.__dict__.get("_prepared")
+        if prepared is None or not prepared.is_current(modules):
+            self._prepared = prepared = _prepare(modules)
+        if prepared.chain is None:
+            return super().forward(x)
+        for module in modules[: prepared.start]:
             x = module(x)
-        if isinstance(modules[start], nn.Flatten):
+        if isinstance(modules[prepared.start], nn.Flatten):
             x = x.flatten(1)
-        if x.shape[-1] != chain.in_features:
-            raise ValueError(f"expected (..., {chain.in_features}) inputs, got {tuple(x.shape)}")
-        if x.dim() == 2:
-            return chain(x)
-        y = chain(x.reshape(-1, chain.in_features))
-        return y.view(*x.shape[:-1], chain.out_features)
-
-    def _prepared(self) -> tuple[int, Chain | None]:
-        """Where the chain begins, and the chain: made anew when what it was made of has changed."""
-        watched, hooks, counts, found = self.__dict__.get("_cached", ((), (), (), None))
-        if (
-            found is None
-            or [len(h) for h in hooks] != counts
-            or any(mapping.get(name) is not value for mapping, name, value in watched)
-        ):
-            modules = list(self._modules.values())
-            start = _tail(modules)
-            found = start, _chain(modules[start:])
-            hooks = [self._modules, *(h for module in modules for h in _hooks(module))]
-            self._cached = _watched(self._modules), hooks, [len(h) for h in hooks], found
-        return found
+        return prepared.chain(x)
 
     def __getstate__(self):
-        return {k: v for k, v in super().__getstate__().items() if k != "_cached"}
+        return {name: value for name, value in vars(self).items() if name != "_prepared"}
 
 
-def _watched(modules: dict[str, nn.Module]) -> list[tuple[dict, str, object]]:
-    """(mapping, name, value): a chain is what the modules are while each mapping has that value."""
-    watched = [(modules, name, module) for name, module in modules.items()]
-    for module in modules.values():
+def _prepare(modules: list[nn.Module]) -> Prepared:
+    start = _tail(modules)
+    watched, hooks, layers, sparse, dense = [], [], [], [], []
+    for module in modules[start:]:
         own = vars(module)
+        hooks += _hooks(module)
         watched += [(own["_parameters"], *item) for item in own["_parameters"].items()]
-        watched += [(own["_buffers"], "col_indices", own["_buffers"].get("col_indices"))]
         watched += [(own, name, own.get(name)) for name in ("activation", "forward")]
-    return watched
+        if isinstance(module, nn.ReLU):
+            layers[-1] = layers[-1]._replace(activation="relu")
+        elif isinstance(module, SparseLinear):
+            snapshot = module._snapshot()
+            sparse.append((module, snapshot))
+            layers += snapshot.chain.layers
+        elif isinstance(module, nn.Linear):
+            parameters = [t for t in (module.weight, module.bias) if t is not None]
+            dense += [(t, t.data_ptr(), t.shape) for t in parameters]
+            sizes = module.in_features, module.out_features
+            layers.append(ChainLayer(module.weight, None, module.bias, *sizes))
+    chain = Chain(layers) if 1 <= len(layers) <= Chain.MAX_LAYERS else None
+    return Prepared(modules, start, chain, hooks, watched, sparse, dense)
 
 
 def _hooks(module: nn.Module) -> tuple[dict, dict]:
@@ -81,17 +99,15 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a chain can take it: plain float32 parameters on the CPU, no gelu."""
-    if type(module) is nn.Linear:
-        weight = module._parameters.get("weight")
-        fits = weight is not None and weight.numel() <= SMALL
-    else:
-        weight = module._parameters.get("values") if type(module) is SparseLinear else None
-        fits = weight is not None and module.activation != "gelu"
-    tensors = [t for t in module._parameters.values() if t is not None]
-    return fits and all(
-        t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors
-    )
+    """Whether a chain can take it."""
+    if type(module) is SparseLinear:
+        return module._snapshot().chain is not None
+    if type(module) is not nn.Linear or module._parameters.get("weight") is None:
+        return False
+    shape = module.out_features, module.in_features
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    fits = weight.shape == shape and weight.numel() <= SMALL
+    return fits and Chain.takes(ChainLayer(weight, None, bias, *shape[::-1]))
 
 
 def _tail(modules: list[nn.Module]) -> int:
@@ -107,18 +123,3 @@ def _tail(modules: list[nn.Module]) -> int:
         elif type(module) is not nn.ReLU:
             break
     return start
-
-
-def _chain(modules: list[nn.Module]) -> Chain | None:
-    """None where there is no layer, or more of them than a call takes."""
-    layers = []
-    for module in modules:
-        if isinstance(module, nn.ReLU):
-            layers[-1] = layers[-1]._replace(activation="relu")
-        elif isinstance(module, SparseLinear):
-            sizes = module.in_features, module.out_features, module.activation
-            layers.append(ChainLayer(module.weight_values, module.pattern, module.bias, *sizes))
-        elif isinstance(module, nn.Linear):
-            sizes = module.in_features, module.out_features
-            layers.append(ChainLayer(module.weight, None, module.bias, *sizes))
-    return Chain(layers) if 1 <= len(layers) <= Chain.MAX_LAYERS else None

@@ -5,18 +5,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+FLAGS = ("cuda", "cpu", "meta", "xpu", "mps", "sparse", "quantized", "nested", "mkldnn")
 READS_NOTHING = {  # answered without numbers
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim")),
-    *(getattr(Tensor, f"is_{name}").__get__ for name in ("cuda", "cpu", "meta", "xpu", "mps")),
-    *(
-        getattr(Tensor, f"is_{name}").__get__
-        for name in ("sparse", "quantized", "nested", "mkldnn")
-    ),
+    *(getattr(Tensor, f"is_{name}").__get__ for name in FLAGS),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.itemsize.__get__),
     *(Tensor.get_device, Tensor.__hash__),
 }
-WRITES = {"__setitem__", "__delitem__", "__set__", "register_hook", "retain_grad", "data_ptr"}
+WRITES = {  # besides the functions whose names end in an underscore
+    *("__setitem__", "__delitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__"),
+    *("__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__"),
+    *("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "data_ptr"),
+}
 
 
 class SparseWeight(Tensor):
@@ -72,9 +73,6 @@ class SparseWeight(Tensor):
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         writes = name in WRITES or (name.endswith("_") and not name.endswith("__"))
-        writes = writes or (
-            name[:3] == "__i" and name not in ("__invert__", "__index__", "__int__")
-        )
         if (writes and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
             raise RuntimeError(
                 f"the weight of a sparse layer is there to be read, so {name} would be lost: "

@@ -32,7 +32,7 @@ def _assert_same(network, x):
 
 
 def _is_one_call(network):
-    return network._prepared()[1] is not None
+    return network._prepared.chain is not None
 
 
 @pytest.mark.parametrize("batch", [0, 1, 5, 70])
@@ -139,7 +139,7 @@ def test_large_dense_layers_and_networks_without_a_layer_are_left_to_torch():
     for layers in ([nn.Tanh()], [SparseLinear(64, 400), nn.Linear(400, 400)]):
         network = SparseSequential(*layers)
         _assert_same(network, torch.randn(3, 64))
-        assert "_cached" not in vars(network) or not _is_one_call(network)
+        assert "_prepared" not in vars(network) or not _is_one_call(network)
 
 
 def test_export_and_compile():
