@@ -31,7 +31,7 @@ class SparseWeight(Tensor):
     @classmethod
     def of(cls, layer, detached: bool = False) -> Tensor:
         """layer: a BlockSparse; detached: whether gradients stop here"""
-        if torch.compiler.is_compiling():  # a compiler drops the numbers that nobody needs
+        if torch.compiler.is_dynamo_compiling():  # which drops the numbers that nobody needs
             return layer.shaped_weight().as_subclass(TracedWeight)
         values = layer.weight_values
         weight = Tensor._make_wrapper_subclass(
