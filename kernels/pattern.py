@@ -77,7 +77,8 @@ def check_indices(crow_indices: Tensor, col_indices: Tensor, grid: tuple[int, in
         )
     crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
     if crow[0] != 0 or crow[-1] != nnz or (crow.diff() < 0).any():
-        raise ValueError(f"expected crow_indices to rise from 0 to {nnz}, got {crow}")
+        few = f"{crow.tolist()}" if len(crow) <= 8 else f"{crow[:8].tolist()} ..."
+        raise ValueError(f"expected crow_indices to rise from 0 to {nnz}, got {few}")
     if nnz and (col.min() < 0 or col.max() >= cols):
         raise ValueError(
             f"expected col_indices from 0 to {cols - 1}, got {col.min()} to {col.max()}"

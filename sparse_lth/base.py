@@ -1,7 +1,6 @@
 """BlockSparse, what every layer with a block-sparse weight is made of."""
 
 import threading
-from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -33,9 +32,8 @@ class Snapshot(NamedTuple):
 
     pattern: Pattern | None  # None where only a tracer can read the layer's tensors
     chain: Chain | None  # the native call, where it is possible
-    tensors: tuple[Tensor | None, ...]  # the layer's own, ...
-    marks: tuple  # ... and what would be others had they changed
-    alive: tuple[Tensor, ...]  # their memory, so that no other tensor comes to lie there
+    seen: tuple | None  # what the layer was then, see `_seen`; None if nothing can tell
+    alive: tuple[Tensor, ...]  # the memory of that, so that nothing else comes to lie there
 
 
 class BlockSparse(nn.Module):
@@ -110,7 +108,13 @@ class BlockSparse(nn.Module):
     @property
     def pattern(self) -> Pattern:
         """Where the kept blocks are, checked; ValueError if the indices are not valid."""
-        return pattern_of(self.crow_indices, self.col_indices, self.grid)
+        try:
+            return pattern_of(self.crow_indices, self.col_indices, self.grid)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: these are not the indices of {type(self).__name__}; load a state_dict, "
+                "or call reset_parameters()"
+            ) from None
 
     @property
     def weight(self) -> Tensor:
@@ -179,27 +183,53 @@ class BlockSparse(nn.Module):
         ValueError, naming what is wrong, where the tensors of the layer do not fit each other.
         """
         last = self._last
-        if last is not None:
-            parameters, buffers = self._parameters, self._buffers
-            tensors = (
-                parameters.get("weight_values"),
-                parameters.get("bias"),
-                buffers.get("crow_indices"),
-                buffers.get("col_indices"),
-                buffers.get("weight_kept"),
-            )
-            if all(map(is_, tensors, last.tensors)) and _marks(*tensors) == last.marks:
-                return last
+        if last is not None and last.seen is not None and self._is_as(last.seen):
+            return last
         with _changing:
             self._last = made = self._take_snapshot()
         return made
 
+    def _is_as(self, seen: tuple) -> bool:
+        """Whether a call would compute the same function on the same memory. Every call asks."""
+        parameters, buffers = self._parameters, self._buffers
+        (values, values_at, numbers), (bias, bias_at, outputs), kept, activation = seen[:4]
+        (crow, crow_at, crow_version), (col, col_at, col_version) = seen[4:]
+        return (
+            parameters.get("weight_values") is values
+            and values.data_ptr() == values_at
+            and values.numel() == numbers
+            and values.is_contiguous()
+            and parameters.get("bias") is bias
+            and (bias is None or (bias.data_ptr() == bias_at and bias.numel() == outputs))
+            and buffers.get("crow_indices") is crow
+            and crow._version == crow_version
+            and crow.data_ptr() == crow_at
+            and buffers.get("col_indices") is col
+            and col._version == col_version
+            and col.data_ptr() == col_at
+            and buffers.get("weight_kept") is kept
+            and self.activation == activation
+        )
+
+    def _seen(self, values, bias, crow, col, kept) -> tuple | None:
+        """What a change of the layer changes. Values that are trained in place stay the same.
+
+        None for tensors that may change without a sign, as those of inference mode do.
+        """
+        if crow.is_inference() or col.is_inference() or not values.is_contiguous():
+            return None
+        return (
+            (values, values.data_ptr(), values.numel()),
+            (bias, 0, 0) if bias is None else (bias, bias.data_ptr(), bias.numel()),
+            *(kept, self.activation),
+            *((t, t.data_ptr(), t._version) for t in (crow, col)),
+        )
+
     def _take_snapshot(self) -> Snapshot:
-        values, bias = self.weight_values, self.bias
-        tensors = values, bias, *(getattr(self, name) for name in INDEX_NAMES)
-        marks = _marks(*tensors)
+        tensors = self.weight_values, self.bias, *(getattr(self, name) for name in INDEX_NAMES)
         if not all(t is None or _has_numbers(t) for t in tensors):
-            return Snapshot(None, None, tensors, marks, ())
+            return Snapshot(None, None, None, ())
+        pattern, seen = self.pattern, self._seen(*tensors)
         alive = tuple(None if t is None else t.detach() for t in tensors)
         values, bias, *_, kept = alive
         if values.dim() != 3 or values.shape[:0:-1] != self.blocksize:
@@ -208,12 +238,11 @@ class BlockSparse(nn.Module):
                 f"got {tuple(values.shape)}"
             )
         _check_kept(kept, values)
-        pattern = self.pattern
         check_sizes(values, pattern, bias, self.in_features, self.out_features)
         sizes = self.in_features, self.out_features, self.activation
         layer = ChainLayer(values, pattern, bias, *sizes)
         chain = Chain([layer]) if kept is None and Chain.takes(layer) else None
-        return Snapshot(pattern, chain, tensors, marks, alive)
+        return Snapshot(pattern, chain, seen, alive)
 
     def product(self, x: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
         """activation(x @ weight.T + bias); x: (..., in_features) -> (..., out_features)"""
@@ -312,10 +341,12 @@ class BlockSparse(nn.Module):
         return values.shape, crow, col, kept
 
     def _take_blocks(self, shape, crow, col, kept) -> None:
-        """Room for the values of other blocks, in memory that no running call reads."""
-        parameter = self._parameters["weight_values"]
+        """Room for the tensors of other blocks, in memory that no running call reads."""
+        parameter, bias = self._parameters["weight_values"], self._parameters.get("bias")
         parameter.grad = None
         parameter.data = parameter.data.new_empty(shape)
+        if bias is not None:
+            bias.data = bias.data.clone()
         forget(parameter)
         self._set_indices(crow.clone(), col.clone(), None if kept is None else kept.clone())
 
@@ -345,19 +376,3 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None or a.is_meta or b.is_meta:
         return a is b
     return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a, b.to(a.device))
-
-
-def _marks(values, bias, crow, col, kept) -> tuple:
-    """What changes when a tensor is given other memory or another shape, or indices are written.
-
-    Values that change in place need no new snapshot. A tuple that equals no other where torch
-    does not say, as of tensors that were made in inference mode.
-    """
-    try:
-        return (
-            *(values.data_ptr(), values.shape, values.is_contiguous()),
-            *(crow._version, crow.data_ptr(), col._version, col.data_ptr()),
-            *(() if bias is None else (bias.data_ptr(), bias.shape)),
-        )
-    except (AttributeError, RuntimeError):
-        return (object(),)

@@ -19,7 +19,7 @@ class Prepared(NamedTuple):
     start: int  # where the chain begins
     chain: Chain | None
     hooks: list[dict]  # of the chain's modules, all empty
-    watched: list[tuple[dict, str, object]]  # attributes that say what a module computes
+    watched: list[tuple[dict, str, object]]  # what says what a module computes
     sparse: list[tuple[SparseLinear, Snapshot]]
     dense: list[tuple[Tensor, int, torch.Size]]  # parameters, their addresses and shapes
 
@@ -70,10 +70,8 @@ def _prepare(modules: list[nn.Module]) -> Prepared:
     start = _tail(modules)
     watched, hooks, layers, sparse, dense = [], [], [], [], []
     for module in modules[start:]:
-        own = vars(module)
         hooks += _hooks(module)
-        watched += [(own["_parameters"], *item) for item in own["_parameters"].items()]
-        watched += [(own, name, own.get(name)) for name in ("activation", "forward")]
+        watched.append((vars(module), "forward", None))
         if isinstance(module, nn.ReLU):
             layers[-1] = layers[-1]._replace(activation="relu")
         elif isinstance(module, SparseLinear):
@@ -81,8 +79,9 @@ def _prepare(modules: list[nn.Module]) -> Prepared:
             sparse.append((module, snapshot))
             layers += snapshot.chain.layers
         elif isinstance(module, nn.Linear):
-            parameters = [t for t in (module.weight, module.bias) if t is not None]
-            dense += [(t, t.data_ptr(), t.shape) for t in parameters]
+            parameters = module._parameters
+            watched += [(parameters, name, parameters[name]) for name in ("weight", "bias")]
+            dense += [(t, t.data_ptr(), t.shape) for t in parameters.values() if t is not None]
             sizes = module.in_features, module.out_features
             layers.append(ChainLayer(module.weight, None, module.bias, *sizes))
     chain = Chain(layers) if 1 <= len(layers) <= Chain.MAX_LAYERS else None
