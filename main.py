@@ -22,7 +22,8 @@ from sparse_lth.program.progress import describe as describe_epoch
 from sparse_lth.program.progress import watch, write_metrics
 from sparse_lth.program.report import print_tables, write_page
 from sparse_lth.program.training import TrainingError
-from sparse_lth.ticket import Ticket, save_sparse
+from sparse_lth.saving import save_sparse
+from sparse_lth.ticket import Ticket
 
 console = Console()
 
@@ -71,7 +72,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
         if config.device == "cpu" and not backends()["native"].startswith("available"):
             say(f"sparse layers run on torch, more slowly: native kernels {backends()['native']}")
         path = run_dir / "sparse_model.safetensors"
-        save_sparse(path, ticket.sparse_network(config.export_blocksize), ticket)
+        network = ticket.sparse_network(config.export_blocksize)
+        save_sparse(network, path, model=ticket.model, dataset=ticket.dataset)
         summary = compare(ticket, path, data.test)
     else:
         summary = summarise(ticket, config.device)

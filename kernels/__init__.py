@@ -23,6 +23,7 @@ __all__ = [
     "ChainLayer",
     "Pattern",
     "Weights",
+    "any_autocast",
     "backend",
     "backends",
     "is_traced",
@@ -103,6 +104,8 @@ def traced_linear(
 # They have no public name; a torch without them pays for the op, or the definition, in every call.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
+_jit = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def is_traced(x: Tensor) -> bool:
@@ -111,9 +114,10 @@ def is_traced(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
-        or torch.jit.is_tracing()
+        or _jit()
         or _modes() > 0
-        or _transformed()
+        or _transform() is not None
+        or getattr(forward_ad, "_current_level", 0) >= 0
     )
 
 

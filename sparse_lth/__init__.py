@@ -10,8 +10,9 @@ from .convert import Conversion, conversion, sparsify_  # noqa: E402
 from .kernels import backends  # noqa: E402
 from .layers import SparseLinear  # noqa: E402
 from .masks import block_l1_unstructured  # noqa: E402
+from .saving import load_sparse, save_sparse  # noqa: E402
 from .sequential import SparseSequential  # noqa: E402
-from .ticket import Ticket, TicketError, load_sparse  # noqa: E402
+from .ticket import Ticket, TicketError  # noqa: E402
 
 __all__ = [
     "Conversion",
@@ -23,5 +24,6 @@ __all__ = [
     "block_l1_unstructured",
     "conversion",
     "load_sparse",
+    "save_sparse",
     "sparsify_",
 ]

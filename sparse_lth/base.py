@@ -24,6 +24,7 @@ from .optimizers import forget
 from .weight import SparseWeight
 
 INDEX_NAMES = ("crow_indices", "col_indices", "weight_kept")
+BLOCKS = ("weight_values", *INDEX_NAMES)  # what a state_dict says of the blocks
 _changing = threading.RLock()  # held while the tensors of a layer change together
 
 
@@ -69,10 +70,8 @@ class BlockSparse(nn.Module):
             raise ValueError(f"expected positive features, got {in_features} -> {out_features}")
         if not 0 <= density <= 1:
             raise ValueError(f"expected a density from 0 to 1, got {density}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"expected activation in {list(ACTIVATIONS)}, got {activation!r}")
         self.in_features, self.out_features = in_features, out_features
-        self.blocksize, self.activation = bsr.as_blocksize(blocksize), activation
+        self.blocksize, self.activation = bsr.as_blocksize(blocksize), as_activation(activation)
         (R, C), (rows, cols) = self.blocksize, self.grid
         values = torch.empty(round(density * rows * cols), C, R, device=device, dtype=dtype)
         self.weight_values = nn.Parameter(values)
@@ -297,8 +296,7 @@ class BlockSparse(nn.Module):
         """
         if f"{prefix}values" in state_dict:  # as files before version 0.2 call them
             state_dict[f"{prefix}weight_values"] = state_dict.pop(f"{prefix}values")
-        names = ("weight_values", *INDEX_NAMES)
-        given = {name: state_dict.get(f"{prefix}{name}") for name in names}
+        given = {name: state_dict.get(f"{prefix}{name}") for name in BLOCKS}
         rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         if all(tensor is None for tensor in given.values()):
             return super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -309,7 +307,7 @@ class BlockSparse(nn.Module):
             return None
         with _changing:
             if blocks is not None:
-                self._take_blocks(*blocks)
+                self._take_blocks(*blocks, local_metadata.get("assign_to_params_buffers", False))
             return super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _checked_blocks(
@@ -340,15 +338,28 @@ class BlockSparse(nn.Module):
             )
         return values.shape, crow, col, kept
 
-    def _take_blocks(self, shape, crow, col, kept) -> None:
-        """Room for the tensors of other blocks, in memory that no running call reads."""
+    def _take_blocks(self, shape, crow, col, kept, assign: bool) -> None:
+        """Room for the tensors of other blocks, in memory that no running call reads.
+
+        assign: whether the Parameter will be another, as `load_state_dict(assign=True)` has it
+        """
         parameter, bias = self._parameters["weight_values"], self._parameters.get("bias")
-        parameter.grad = None
-        parameter.data = parameter.data.new_empty(shape)
-        if bias is not None:
-            bias.data = bias.data.clone()
-        forget(parameter)
+        room = parameter.data.new_empty(shape)
+        if assign:
+            self.weight_values = nn.Parameter(room, parameter.requires_grad)
+        else:
+            parameter.grad, parameter.data = None, room
+            forget(parameter)
+            if bias is not None:
+                bias.data = bias.data.clone()
         self._set_indices(crow.clone(), col.clone(), None if kept is None else kept.clone())
+
+
+def as_activation(name: str) -> str:
+    """The name, if it is that of an activation; else ValueError."""
+    if name not in [*ACTIVATIONS]:
+        raise ValueError(f"expected activation in {list(ACTIVATIONS)}, got {name!r}")
+    return name
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -80,7 +80,7 @@ def sparsify_(
     and a warning where none was converted. Make optimizers after it: it makes new Parameters.
     """
     blocksize = bsr.as_blocksize(blocksize)
-    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if _is_linear(m)]
+    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if is_linear(m)]
     owners, reasons, made = _owners(model), {}, {}
     for name, layer in layers:
         if filter_fn is not None and not filter_fn(layer, name):
@@ -116,7 +116,7 @@ def replace(model: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
                 parent._modules[name] = made[child]
 
 
-def _is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module | None) -> bool:
     return isinstance(layer, nn.Linear) or _is_conv1d(layer)
 
 
@@ -135,7 +135,7 @@ def _parameter(layer: nn.Module) -> Tensor | None:
     return layer._parameters.get("weight_orig" if _is_pruned(layer) else "weight")
 
 
-def _matrix(layer: nn.Module, tensor: Tensor) -> Tensor:
+def matrix(layer: nn.Module, tensor: Tensor) -> Tensor:
     """A tensor of the weight's shape as (out_features, in_features)."""
     return tensor.t() if _is_conv1d(layer) else tensor
 
@@ -143,7 +143,7 @@ def _matrix(layer: nn.Module, tensor: Tensor) -> Tensor:
 def _mask(layer: nn.Module) -> Tensor:
     """(out_features, in_features), True where kept: by torch's prune, or where it is not zero."""
     mask = layer.weight_mask if _is_pruned(layer) else layer.weight
-    return _matrix(layer, mask.detach() != 0)
+    return matrix(layer, mask.detach() != 0)
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[nn.Module]]:
@@ -238,7 +238,7 @@ def _convert(
 ) -> SparseLinear:
     """The layer's function on stored blocks; `twin` is what a layer tied to it became."""
     weight, mask = _parameter(layer), _mask(layer)
-    blocks = bsr.from_dense(_matrix(layer, weight.detach()), mask, blocksize)
+    blocks = bsr.from_dense(matrix(layer, weight.detach()), mask, blocksize)
     kept = bsr.kept_in_blocks(mask, blocks) if _is_pruned(layer) else None
     sparse = SparseLinear._from_blocks(*mask.shape[::-1], *blocks, layer.bias, kept)
     sparse.bias = layer.bias
@@ -284,5 +284,5 @@ def _carry(old: nn.Module, new: SparseLinear) -> None:
 
 def _row(name: str, layer: nn.Module, sparse: SparseLinear | None, reason: str) -> Row:
     weight = _parameter(layer)
-    shape = () if weight is None else tuple(_matrix(layer, weight).shape)
+    shape = () if weight is None else tuple(matrix(layer, weight).shape)
     return Row(name, type(layer).__name__, shape, sparse and sparse.density, reason)

@@ -14,6 +14,10 @@ class FormatError(ValueError):
     """A file does not hold what it should; the message names the file and what is wrong."""
 
 
+class TicketError(FormatError):
+    """A file holds no whole ticket, or no whole model; the message says what is wrong."""
+
+
 def write(path: str | Path, content: bytes | str) -> None:
     """Replaces the file in one step: a reader, or a crash, sees the old content or the new.
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from . import bsr
 from .base import BlockSparse
-from .kernels import backend, is_traced
+from .kernels import any_autocast, backend, is_traced
 
 
 class SparseLinear(BlockSparse):
@@ -139,13 +139,10 @@ class SparseLinear(BlockSparse):
 
     def _needs_more(self, x: Tensor) -> bool:
         """Whether a call has to keep a graph, or to compute in another dtype."""
-        if torch.is_autocast_enabled("cpu"):
+        if any_autocast():
             return True
-        bias = self.bias
         return torch.is_grad_enabled() and (
-            x.requires_grad
-            or self.weight_values.requires_grad
-            or (bias is not None and bias.requires_grad)
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
 
     def to_dense(self) -> nn.Linear:

@@ -123,7 +123,9 @@ def train_round(config: RunConfig, data: Dataset, state: State) -> Iterator[Stat
         sparse = state.history[-1]["trained_sparse"]
     else:
         sparse = [name for name, mask in state.masks.items() if trains_sparse(config, mask)]
-    sparsify_(model, config.blocksize, lambda _, name: name in sparse).to(device).train()
+    if sparse:
+        sparsify_(model, config.blocksize, lambda _, name: name in sparse, max_density=1.0)
+    model.to(device).train()
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.lr, fused=True, capturable=device.type == "cuda"
     )
@@ -227,7 +229,7 @@ def effective_weights(model: nn.Module) -> Tensors:
     weights = {}
     for name, parameter in model.named_parameters():
         layer, _, kind = name.rpartition(".")
-        if kind == "values":
+        if kind == "weight_values":
             weights[f"{layer}.weight"] = model.get_submodule(layer).to_dense().weight.detach()
             continue
         if name.endswith("_orig"):

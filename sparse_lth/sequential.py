@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .base import Snapshot
-from .kernels import Chain, ChainLayer, backend, is_traced
+from .kernels import Chain, ChainLayer, any_autocast, backend, is_traced
 from .layers import SparseLinear
 
 SMALL = 1 << 17  # weights of a dense layer that a chain may take: on larger ones torch is faster
@@ -20,17 +19,22 @@ class Prepared(NamedTuple):
     chain: Chain | None
     hooks: list[dict]  # of the chain's modules, all empty
     watched: list[tuple[dict, str, object]]  # what says what a module computes
-    sparse: list[tuple[SparseLinear, Snapshot]]
+    sparse: list[tuple[SparseLinear, tuple | None]]  # as `SparseLinear._seen` has them
     dense: list[tuple[Tensor, int, torch.Size]]  # parameters, their addresses and shapes
 
     def is_current(self, modules: list[nn.Module]) -> bool:
-        return (
-            self.modules == modules
-            and not any(self.hooks)
-            and all(mapping.get(name) is value for mapping, name, value in self.watched)
-            and all(layer._snapshot() is snapshot for layer, snapshot in self.sparse)
-            and all(t.data_ptr() == address and t.shape == size for t, address, size in self.dense)
-        )
+        if self.modules != modules or any(self.hooks):
+            return False
+        for mapping, name, value in self.watched:
+            if mapping.get(name) is not value:
+                return False
+        for t, address, size in self.dense:
+            if t.data_ptr() != address or t.shape != size:
+                return False
+        for layer, seen in self.sparse:
+            if seen is None or not layer._is_as(seen):
+                return False
+        return True  # loops, since all() of a generator takes as long again
 
 
 class SparseSequential(nn.Sequential):
@@ -43,12 +47,7 @@ class SparseSequential(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: whatever the first module takes"""
-        if (
-            torch.is_grad_enabled()
-            or is_traced(x)
-            or not backend(x).chains
-            or torch.is_autocast_enabled("cpu")
-        ):
+        if torch.is_grad_enabled() or is_traced(x) or not backend(x).chains or any_autocast():
             return super().forward(x)
         modules = list(self._modules.values())
         prepared = self.__dict__.get("_prepared")
@@ -76,7 +75,7 @@ def _prepare(modules: list[nn.Module]) -> Prepared:
             layers[-1] = layers[-1]._replace(activation="relu")
         elif isinstance(module, SparseLinear):
             snapshot = module._snapshot()
-            sparse.append((module, snapshot))
+            sparse.append((module, snapshot.seen))
             layers += snapshot.chain.layers
         elif isinstance(module, nn.Linear):
             parameters = module._parameters

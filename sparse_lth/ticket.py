@@ -10,17 +10,12 @@ from torch.nn.utils import prune
 
 from . import masks as masking
 from .convert import sparsify_
-from .files import FormatError, join_groups, load_tensors, save_tensors, split_prefix
-from .layers import SparseLinear
+from .files import FormatError, TicketError, join_groups, load_tensors, save_tensors, split_prefix
 from .lottery import State, masked_model
 from .masks import weight_layers
 from .program.config import RunConfig
-from .program.models import MODELS, build
+from .program.models import build
 from .sequential import SparseSequential
-
-
-class TicketError(FormatError):
-    """A file holds no whole ticket, or no whole model; the message says what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Ticket:
 
     def sparse_network(self, blocksize: tuple[int, int]) -> SparseSequential:
         """The trained network with every linear layer that has an empty block made sparse."""
-        network = _make_permanent(sparsify_(self.network(), blocksize))
+        network = _make_permanent(sparsify_(self.network(), blocksize, max_density=1.0))
         return SparseSequential(OrderedDict(network.named_children())).eval()
 
     def save(self, path: str | Path) -> None:
@@ -111,43 +106,6 @@ class Ticket:
             if trained[f"{name}.weight"][~mask].any():
                 raise TicketError(f"{path}: expected trained.{name}.weight to be 0 where pruned")
         return cls(settings, init, masks, trained, tuple(rounds))
-
-
-def save_sparse(path: str | Path, network: nn.Module, ticket: Ticket) -> None:
-    """Writes what `load_sparse` reads: the tensors of a `Ticket.sparse_network`, and its layers."""
-    layers = [name for name, m in network.named_modules() if isinstance(m, SparseLinear)]
-    about = {"model": ticket.model, "dataset": ticket.dataset, "layers": layers}
-    save_tensors(path, "model", network.state_dict(), about)
-
-
-def load_sparse(path: str | Path) -> SparseSequential:
-    """The model of `--export-sparse`, ready to call: (batch, 1, 28, 28) images -> (batch, 10).
-
-    Images are normalised as `sparse_lth.data` does: (pixel / 255 - 0.1307) / 0.3081.
-    Raises TicketError, naming what is wrong, unless the file holds a whole model.
-    """
-    tensors, about = _load(path, "model", ("model", "layers"))
-    if about["model"] not in (*MODELS,) or not isinstance(about["layers"], list):
-        raise TicketError(
-            f"{path}: expected a model of {', '.join(MODELS)} and a list of layers, "
-            f"got {about['model']!r} and {about['layers']!r}"
-        )
-    network = SparseSequential(OrderedDict(build(about["model"]).named_children()))
-    for name in about["layers"]:
-        dense = dict(network.named_modules()).get(name)
-        if not isinstance(dense, nn.Linear):
-            raise TicketError(f"{path}: expected the name of a linear layer, got {name!r}")
-        part = split_prefix(tensors, name)
-        try:
-            layer = SparseLinear._from_blocks(dense.in_features, dense.out_features, **part)
-            if layer.bias is None:
-                raise ValueError("expected a bias, got none")
-        except (TypeError, ValueError) as error:
-            raise TicketError(f"{path}: {name}: {error}") from error
-        setattr(network, name, layer)
-    _expect_like(path, "model", tensors, network.state_dict())
-    network.load_state_dict(tensors, assign=True)
-    return network.eval()
 
 
 def _make_permanent(network: nn.Module) -> nn.Module:

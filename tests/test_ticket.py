@@ -11,7 +11,7 @@ from sparse_lth.files import load_tensors, save_tensors
 from sparse_lth.lottery import search
 from sparse_lth.masks import weight_layers
 from sparse_lth.program.config import RunConfig
-from sparse_lth.ticket import save_sparse
+from sparse_lth.saving import save_sparse
 
 
 def _ticket(data, **settings):
@@ -64,7 +64,7 @@ def test_export_is_exact_and_loads_to_the_same_bits(tiny, tmp_path, model, block
                 assert converted.density == pytest.approx(float(kept))
         else:
             assert torch.equal(converted.weight, layer.weight)
-    save_sparse(tmp_path / "m", sparse, ticket)
+    save_sparse(sparse, tmp_path / "m", model=ticket.model)
     loaded, images = load_sparse(tmp_path / "m"), tiny.test.images
     with torch.inference_mode():
         assert torch.equal(loaded(images), sparse(images))
@@ -72,7 +72,7 @@ def test_export_is_exact_and_loads_to_the_same_bits(tiny, tmp_path, model, block
 
 
 def test_a_loaded_model_trains_on(ticket, tmp_path, tiny):
-    save_sparse(tmp_path / "m", ticket.sparse_network((16, 16)), ticket)
+    save_sparse(ticket.sparse_network((16, 16)), tmp_path / "m", model=ticket.model)
     model = load_sparse(tmp_path / "m").train()
     nn.functional.cross_entropy(model(tiny.train.images), tiny.train.labels).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -126,13 +126,13 @@ MODEL_CHANGES = {
     ),
     "expected .*tensors": lambda t, a: t.update(extra=torch.zeros(1)),
     r"expected model fc3\.weight of shape": lambda t, a: t.update({"fc3.weight": torch.zeros(1)}),
-    r"finite numbers in model fc1\.values": lambda t, a: t["fc1.values"].fill_(float("inf")),
+    r"finite numbers in model fc1\.values": lambda t, a: t["fc1.weight_values"].fill_(float("inf")),
 }
 
 
 @pytest.mark.parametrize("message", MODEL_CHANGES)
 def test_a_wrong_model_is_refused_by_name(ticket, tmp_path, message):
-    save_sparse(tmp_path / "m", ticket.sparse_network((16, 16)), ticket)
+    save_sparse(ticket.sparse_network((16, 16)), tmp_path / "m", model=ticket.model)
     _tampered(tmp_path / "m", "model", MODEL_CHANGES[message])
     with pytest.raises(TicketError, match=message):
         load_sparse(tmp_path / "m")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..kernels import backend
 from ..layers import SparseLinear
-from ..ticket import Ticket, load_sparse
+from ..saving import load_sparse
+from ..ticket import Ticket
 from .data import Split
 from .training import evaluate
 

@@ -6,6 +6,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..saving import BUILDERS
+from ..sequential import SparseSequential
+
 
 def _lenet_fc(width1: int, width2: int) -> nn.Sequential:
     return nn.Sequential(
@@ -59,3 +62,11 @@ def initialise(model: nn.Module, generator: torch.Generator) -> dict[str, torch.
         if parameter.dim() > 1:
             nn.init.xavier_normal_(init[name], generator=generator)
     return init
+
+
+def as_exported(name: str) -> SparseSequential:
+    """The network in eval mode as `load_sparse` fills and returns it."""
+    return SparseSequential(OrderedDict(build(name).named_children())).eval()
+
+
+BUILDERS.update({name: partial(as_exported, name) for name in MODELS})

@@ -1,0 +1,195 @@
+"""Whole models with sparse layers as files: any model into a file, and back into a dense one."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from .base import BLOCKS, BlockSparse, as_activation
+from .convert import is_linear, matrix, replace
+from .files import FormatError, TicketError, load_tensors, save_tensors
+from .layers import SparseLinear
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {}  # of networks that a file can name
+
+
+def save_sparse(model: nn.Module, path: str | Path, **about) -> None:
+    """Writes what `load_sparse` reads: every parameter and buffer, and which layers are sparse.
+
+    about: JSON to keep beside them; with model="NAME", of a network in BUILDERS, the file can be
+    loaded alone. ValueError where a tensor has no numbers, torch's prune still masks a layer, or
+    the model keeps other things than tensors in its `state_dict`.
+    """
+    for name, module in model.named_modules():
+        if any(isinstance(h, prune.BasePruningMethod) for h in module._forward_pre_hooks.values()):
+            raise ValueError(
+                f"expected no masks of torch's prune, got one on {name or 'the model'}: call "
+                "sparsify_, or torch.nn.utils.prune.remove"
+            )
+    tensors, aliases, first = {}, {}, {}
+    for name, tensor in _tensors(model):
+        if tensor.is_meta:
+            raise ValueError(f"expected numbers to save, got {name} on the meta device")
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            tensors[name] = tensor.detach().clone()
+    if other := sorted(model.state_dict().keys() - tensors.keys() - aliases.keys()):
+        raise ValueError(f"expected a state_dict of parameters and buffers, got also {other}")
+    layers = {
+        name: {"activation": module.activation}
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, BlockSparse)
+    }
+    save_tensors(path, "model", tensors, {**about, "layers": layers, "aliases": aliases})
+
+
+def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Makes `model` the sparsified model that was saved, bit for bit, and returns it.
+
+    path: a file of `save_sparse`, or a folder of Hugging Face's `save_pretrained`
+    model: a fresh dense instance of the class that was saved, which may be on the meta device; it
+        keeps its device, flags and ties, and takes the dtypes of the file. Without one, a network
+        of our own that the file names, on the CPU and in eval mode.
+
+    Its parameters are other objects afterwards, so make optimizers after it. Raises TicketError,
+    naming what is wrong, and leaves the model as it was, unless both fit.
+    """
+    tensors, about = _read(Path(path))
+    alone = model is None
+    if alone:
+        if about.get("model") not in [*BUILDERS]:
+            raise TicketError(
+                f"{path}: expected a model of {', '.join(BUILDERS)}, got {about.get('model')!r}; "
+                "load_sparse(path, model) loads into any other"
+            )
+        model = BUILDERS[about["model"]]()
+    before = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    try:
+        replace(model, _sparse_layers(model, tensors, about["layers"]))
+        _fill(model, tensors)
+    except (RuntimeError, TypeError, ValueError) as error:
+        for module, *own in before:
+            module._modules, module._parameters, module._buffers = own
+        raise TicketError(f"{path}: {error}") from error
+    return model.eval() if alone else model
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under each of its names, also buffers that are not saved."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors under all of their names, and what the file says of them."""
+    if path.is_dir():
+        tensors, about = _read_folder(path), {}
+    else:
+        try:
+            tensors, about = load_tensors(path, "model")
+        except (OSError, FormatError) as error:
+            raise TicketError(str(error)) from error
+    about = about if isinstance(about, dict) else {"model": None}
+    layers, aliases = about.get("layers", {}), about.get("aliases", {})
+    if isinstance(layers, list):  # of files before version 0.2
+        layers = {name: {} for name in layers if isinstance(name, str)}
+    named = isinstance(layers, dict) and all(isinstance(kept, dict) for kept in layers.values())
+    known = isinstance(aliases, dict) and all(
+        isinstance(first, str) and first in tensors for first in aliases.values()
+    )
+    if not (named and known):
+        raise TicketError(f"{path}: expected layers and aliases of its tensors, got {about}")
+    tensors = {_renamed(name, tensors): tensor for name, tensor in tensors.items()}
+    tensors |= {name: tensors[first] for name, first in aliases.items()}
+    return tensors, {**about, "layers": layers}
+
+
+def _read_folder(path: Path) -> dict[str, Tensor]:
+    """The tensors of `model.safetensors`, or of the parts that its index names."""
+    index, files = path / "model.safetensors.index.json", ["model.safetensors"]
+    try:
+        if index.exists():
+            files = sorted({*json.loads(index.read_text())["weight_map"].values()})
+        parts = [safetensors.torch.load_file(path / Path(file).name) for file in files]
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
+        safetensors.SafetensorError,
+    ) as error:
+        raise TicketError(f"{path}: expected a folder of save_pretrained: {error!r}") from error
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def _renamed(name: str, tensors: dict[str, Tensor]) -> str:
+    """`weight_values` for what files before version 0.2 call `values`."""
+    owner, _, kind = name.rpartition(".")
+    is_old = kind == "values" and _join(owner, "crow_indices") in tensors
+    return _join(owner, "weight_values") if is_old else name
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
+
+
+def _sparse_layers(
+    model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, dict]
+) -> dict[nn.Module, SparseLinear]:
+    """For each dense layer that the file has sparse, the sparse one; ValueError if it cannot be."""
+    modules, made = dict(model.named_modules(remove_duplicate=False)), {}
+    if lost := sorted(name for name in layers if _join(name, "crow_indices") not in tensors):
+        raise ValueError(f"expected the blocks of {lost}, got none")
+    for name in tensors:
+        owner, _, kind = name.rpartition(".")
+        layer = modules.get(owner)
+        if kind != "crow_indices" or layer in made or isinstance(layer, BlockSparse):
+            continue
+        if not is_linear(layer):
+            raise ValueError(f"{owner}: expected a linear layer, got {type(layer).__name__}")
+        (outputs, inputs), bias = matrix(layer, layer.weight).shape, layer.bias
+        given = {kind: tensors.get(_join(owner, kind)) for kind in (*BLOCKS, "bias")}
+        try:
+            sparse = SparseLinear._from_blocks(inputs, outputs, **given)
+            sparse.activation = as_activation(layers.get(owner, {}).get("activation", "none"))
+        except (AttributeError, ValueError) as error:
+            raise ValueError(f"{owner}: {error}") from error
+        sparse.weight_values.requires_grad_(layer.weight.requires_grad)
+        if bias is not None and sparse.bias is not None:
+            sparse.bias.requires_grad_(bias.requires_grad)
+        made[layer] = sparse
+    return made
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Loads all of the tensors, in their dtypes, to where the model is; ties stay ties."""
+    now, names = dict(_tensors(model)), {}
+    for name, tensor in now.items():
+        names.setdefault(id(tensor), []).append(name)
+    given = dict(tensors)
+    for twins in names.values():
+        known = next((given[name] for name in twins if name in given), None)
+        given |= {name: known for name in twins if known is not None}
+    for name, tensor in now.items():
+        if name in given and given[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"expected {name} like {tensor.dtype}, got {given[name].dtype}")
+        if name in given and not tensor.is_meta:
+            given[name] = given[name].to(tensor.device)
+    transient = now.keys() - model.state_dict().keys()
+    if lost := sorted(name for name in transient - given.keys() if now[name].is_meta):
+        raise ValueError(f"expected {lost} in the file, or a model that is not on the meta device")
+    state = {name: tensor for name, tensor in given.items() if name not in transient}
+    model.load_state_dict(state, assign=True)
+    for name in transient & given.keys():
+        _put(model, name, given[name])
+    for first, *others in names.values():
+        for name in others:
+            _put(model, name, dict(_tensors(model))[first])
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, kind = name.rpartition(".")
+    module = model.get_submodule(owner)
+    (module._parameters if kind in module._parameters else module._buffers)[kind] = tensor
