@@ -60,13 +60,13 @@ class Compiled:
         self.ptx = kernel.asm["ptx"]
 
     def spilled_bytes(self, tmp_path):
-        """By the assembler that comes with Triton."""
+        """By an assembler that comes with Triton: newer ones have a second, for newer PTX."""
         path = tmp_path / "kernel.ptx"
         path.write_text(self.ptx)
         arch = re.search(r"\.target (\w+)", self.ptx)[1]
         nvidia = triton.knobs.nvidia
-        for tool in (nvidia.ptxas.path, nvidia.ptxas_blackwell.path):
-            command = [tool, "-v", f"-arch={arch}", str(path), "-o", str(tmp_path / "cubin")]
+        for tool in (nvidia.ptxas, getattr(nvidia, "ptxas_blackwell", nvidia.ptxas)):
+            command = [tool.path, "-v", f"-arch={arch}", str(path), "-o", str(tmp_path / "cubin")]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode == 0:
                 return sum(map(int, re.findall(r"(\d+) bytes (?:stack|spill)", run.stderr)))

@@ -14,10 +14,10 @@ else:
 
     _patch = interpreter._patch_lang_tensor
 
-    def _patch_lang_tensor(tensor, scope):
+    def _patch_lang_tensor(tensor, *scope):  # Triton 3.4 has no scope, which undoes patches
         """Triton 3.6 takes int() of an array with one element, which numpy 2.5 refuses."""
-        _patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        _patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = _patch_lang_tensor
 
