@@ -73,7 +73,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
             say(f"sparse layers run on torch, more slowly: native kernels {backends()['native']}")
         path = run_dir / "sparse_model.safetensors"
         network = ticket.sparse_network(config.export_blocksize)
-        save_sparse(network, path, model=ticket.model, dataset=ticket.dataset)
+        save_sparse(network, path, ticket.model)
         summary = compare(ticket, path, data.test)
     else:
         summary = summarise(ticket, config.device)

@@ -1,6 +1,6 @@
 /* The module sparse_lth.kernels._native: picks an instruction set, and reads the ints it is called
    with, of which some are addresses. They are checked against each other. What is at an address
-   is trusted, indices above all: check_indices is for those. */
+   is trusted, indices above all: pattern.py checks those. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -247,14 +247,11 @@ static PyObject *py_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t narg
     return none_or_no_memory(failed);
 }
 
-#include "indices.c"
 
 static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))py_forward, METH_FASTCALL, NULL},
     {"grad_input", (PyCFunction)(void (*)(void))py_grad_input, METH_FASTCALL, NULL},
     {"sddmm", (PyCFunction)(void (*)(void))py_sddmm, METH_FASTCALL, NULL},
-    {"check_indices", (PyCFunction)(void (*)(void))py_check_indices, METH_FASTCALL, NULL},
-    {"transpose_indices", (PyCFunction)(void (*)(void))py_transpose_indices, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Pattern(NamedTuple):
@@ -37,7 +37,7 @@ class Pattern(NamedTuple):
         """
         with torch.inference_mode(False):  # a pattern outlives the mode that it was made in
             crow, col = (_copied(t) for t in (crow_indices, col_indices))
-            check_indices(crow, col, grid)
+            check_indices(crow, col, grid, len(col))
             per_row, per_col = crow.diff(), torch.bincount(col, minlength=grid[1])
             rows = row_indices(crow, len(col))
             slots = col.argsort(stable=True)
@@ -61,20 +61,23 @@ def _copied(indices: Tensor) -> Tensor:
     return torch.empty_like(indices, memory_format=torch.contiguous_format).copy_(indices)
 
 
-def check_indices(crow_indices: Tensor, col_indices: Tensor, grid: tuple[int, int]) -> None:
-    """Raises ValueError unless they say where the blocks of such a grid are, in row-major order."""
+def check_indices(
+    crow_indices: Tensor, col_indices: Tensor, grid: tuple[int, int], nnz: int
+) -> None:
+    """Raises ValueError unless they place nnz blocks in such a grid, in row-major order."""
     rows, cols = grid
     for name, indices in (("crow_indices", crow_indices), ("col_indices", col_indices)):
         if (indices.dtype, indices.dim(), indices.is_contiguous()) != (torch.int32, 1, True):
             raise ValueError(
-                f"expected {name} to be a contiguous vector of int32, "
-                f"got {indices.dtype} of shape {tuple(indices.shape)}"
+                f"expected {name} to be a contiguous vector of int32, got {indices.dtype} of "
+                f"shape {tuple(indices.shape)}, strides {indices.stride()}"
             )
-    nnz = len(col_indices)
     if len(crow_indices) != rows + 1:
         raise ValueError(
             f"expected {rows + 1} crow_indices for {rows} block rows, got {len(crow_indices)}"
         )
+    if len(col_indices) != nnz:
+        raise ValueError(f"expected {nnz} col_indices for {nnz} blocks, got {len(col_indices)}")
     crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
     if crow[0] != 0 or crow[-1] != nnz or (crow.diff() < 0).any():
         few = f"{crow.tolist()}" if len(crow) <= 8 else f"{crow[:8].tolist()} ..."
@@ -119,19 +122,38 @@ def row_indices(crow_indices: Tensor, nnz: int) -> Tensor:
     return passed.cumsum(0)[:nnz]  # how many rows have ended
 
 
-# col_indices -> what its pattern was derived from, and the pattern
-_patterns = WeakTensorKeyDictionary()
+class _Known(NamedTuple):
+    """A pattern, and what it was derived from."""
+
+    pattern: Pattern
+    grid: tuple[int, int]
+    marks: tuple | None  # None for tensors of inference mode, which count no versions
+    alive: tuple[Tensor, Tensor]  # their memory, so that no other indices come to lie there
+
+    def is_of(self, crow_indices: Tensor, col_indices: Tensor, grid: tuple[int, int]) -> bool:
+        marks = _marks(crow_indices, col_indices)
+        if marks is None:
+            pairs = zip(self.pattern, (crow_indices, col_indices), strict=False)
+            return grid == self.grid and all(torch.equal(a, b) for a, b in pairs)
+        return (grid, marks) == (self.grid, self.marks)
+
+
+def _marks(*indices: Tensor) -> tuple | None:
+    """What is another for other indices, and for these once they are written to."""
+    if any(t.is_inference() for t in indices):
+        return None
+    return tuple((t.data_ptr(), t._version, t.shape) for t in indices)
+
+
+_known = WeakTensorKeyDictionary()  # col_indices -> _Known
 
 
 def pattern_of(crow_indices: Tensor, col_indices: Tensor, grid: tuple[int, int]) -> Pattern:
     """`Pattern.from_indices`, derived anew only where the indices are others or have changed."""
-    try:
-        made_of = tuple((t._version, t.data_ptr(), t.shape) for t in (crow_indices, col_indices))
-    except RuntimeError:  # tensors of inference mode count no versions
-        return Pattern.from_indices(crow_indices, col_indices, grid)
-    known = _patterns.get(col_indices)
-    if known is None or known[0]() is not crow_indices or known[1:3] != (made_of, grid):
+    known = _known.get(col_indices)
+    if known is None or not known.is_of(crow_indices, col_indices, grid):
+        marks = _marks(crow_indices, col_indices)
         pattern = Pattern.from_indices(crow_indices, col_indices, grid)
-        known = TensorWeakRef(crow_indices), made_of, grid, pattern
-        _patterns[col_indices] = known
-    return known[3]
+        known = _Known(pattern, grid, marks, (crow_indices.detach(), col_indices.detach()))
+        _known[col_indices] = known
+    return known.pattern

@@ -78,6 +78,4 @@ def validate(
             f"got {values.dtype} of shape {tuple(values.shape)}"
         )
     nnz, C, R = values.shape
-    check_indices(crow_indices, col_indices, grid_shape(shape, (R, C)))
-    if len(col_indices) != nnz:
-        raise ValueError(f"expected {nnz} col_indices for {nnz} blocks, got {len(col_indices)}")
+    check_indices(crow_indices, col_indices, grid_shape(shape, (R, C)), nnz)

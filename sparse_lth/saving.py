@@ -16,36 +16,37 @@ from .layers import SparseLinear
 BUILDERS: dict[str, Callable[[], nn.Module]] = {}  # of networks that a file can name
 
 
-def save_sparse(model: nn.Module, path: str | Path, **about) -> None:
+def save_sparse(model: nn.Module, path: str | Path, name: str | None = None) -> None:
     """Writes what `load_sparse` reads: every parameter and buffer, and which layers are sparse.
 
-    about: JSON to keep beside them; with model="NAME", of a network in BUILDERS, the file can be
-    loaded alone. ValueError where a tensor has no numbers, torch's prune still masks a layer, or
-    the model keeps other things than tensors in its `state_dict`.
+    name: of the network in BUILDERS, if it is one: the file can then be loaded alone
+    ValueError where a tensor has no numbers, torch's prune still masks a layer, or the model keeps
+    other things than tensors in its `state_dict`.
     """
-    for name, module in model.named_modules():
+    for owner, module in model.named_modules():
         if any(isinstance(h, prune.BasePruningMethod) for h in module._forward_pre_hooks.values()):
             raise ValueError(
-                f"expected no masks of torch's prune, got one on {name or 'the model'}: call "
+                f"expected no masks of torch's prune, got one on {owner or 'the model'}: call "
                 "sparsify_, or torch.nn.utils.prune.remove"
             )
     tensors, aliases, first = {}, {}, {}
-    for name, tensor in _tensors(model):
+    for key, tensor in _tensors(model):
         if tensor.is_meta:
-            raise ValueError(f"expected numbers to save, got {name} on the meta device")
+            raise ValueError(f"expected numbers to save, got {key} on the meta device")
         if id(tensor) in first:
-            aliases[name] = first[id(tensor)]
+            aliases[key] = first[id(tensor)]
         else:
-            first[id(tensor)] = name
-            tensors[name] = tensor.detach().clone()
+            first[id(tensor)] = key
+            tensors[key] = tensor.detach().clone()
     if other := sorted(model.state_dict().keys() - tensors.keys() - aliases.keys()):
         raise ValueError(f"expected a state_dict of parameters and buffers, got also {other}")
     layers = {
-        name: {"activation": module.activation}
-        for name, module in model.named_modules(remove_duplicate=False)
+        owner: {"activation": module.activation}
+        for owner, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, BlockSparse)
     }
-    save_tensors(path, "model", tensors, {**about, "layers": layers, "aliases": aliases})
+    about = {"model": name, "layers": layers, "aliases": aliases}
+    save_tensors(path, "model", tensors, about)
 
 
 def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:

@@ -15,8 +15,8 @@ def test_there_and_back_keeps_what_is_kept_and_only_that(shape, blocksize, densi
     mask = torch.rand(shape, generator=generator) < density
     values, crow, col = bsr.from_dense(weight, mask, blocksize)
     bsr.validate(values, crow, col, shape)
-    pattern = Pattern.from_indices(crow, col, bsr.grid_shape(shape, blocksize)[1])
-    assert torch.equal(to_dense(values, pattern, shape), torch.where(mask, weight, 0))
+    pattern = Pattern.from_indices(crow, col, bsr.grid_shape(shape, blocksize))
+    assert torch.equal(to_dense(values, *pattern[:2], shape), torch.where(mask, weight, 0))
     kept_blocks = bsr.blocks_of(mask, blocksize).any((2, 3))
     assert len(values) == int(kept_blocks.sum())
 
@@ -24,7 +24,7 @@ def test_there_and_back_keeps_what_is_kept_and_only_that(shape, blocksize, densi
 def test_pattern_transposes_and_orders_by_work():
     keep = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]])
     _, crow, col = bsr.from_dense(keep.float(), keep, (1, 1))
-    pattern = Pattern.from_indices(crow, col, 3)
+    pattern = Pattern.from_indices(crow, col, (3, 3))
     assert crow.tolist() == [0, 2, 2, 5]
     assert col.tolist() == [0, 2, 0, 1, 2]
     assert pattern.row_indices.tolist() == [0, 0, 2, 2, 2]

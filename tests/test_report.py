@@ -219,7 +219,7 @@ def test_the_measured_summary_is_json_and_reports(tmp_path, monkeypatch):
         lambda models, x: {"dense": [2e-4, 3e-4, 2e-4], "pruned": [1e-4, 1e-4, 1e-4]},
     )
     ticket = make_ticket(export_blocksize=(16, 16))
-    save_sparse(ticket.sparse_network((16, 16)), tmp_path / "model", model=ticket.model)
+    save_sparse(ticket.sparse_network((16, 16)), tmp_path / "model", ticket.model)
     test = Split(torch.zeros(20, 1, 28, 28), torch.zeros(20, dtype=torch.int64))
     summary = compare(ticket, tmp_path / "model", test)
     assert json.loads(json.dumps(summary)) == summary

@@ -64,7 +64,7 @@ def test_export_is_exact_and_loads_to_the_same_bits(tiny, tmp_path, model, block
                 assert converted.density == pytest.approx(float(kept))
         else:
             assert torch.equal(converted.weight, layer.weight)
-    save_sparse(sparse, tmp_path / "m", model=ticket.model)
+    save_sparse(sparse, tmp_path / "m", ticket.model)
     loaded, images = load_sparse(tmp_path / "m"), tiny.test.images
     with torch.inference_mode():
         assert torch.equal(loaded(images), sparse(images))
@@ -72,7 +72,7 @@ def test_export_is_exact_and_loads_to_the_same_bits(tiny, tmp_path, model, block
 
 
 def test_a_loaded_model_trains_on(ticket, tmp_path, tiny):
-    save_sparse(ticket.sparse_network((16, 16)), tmp_path / "m", model=ticket.model)
+    save_sparse(ticket.sparse_network((16, 16)), tmp_path / "m", ticket.model)
     model = load_sparse(tmp_path / "m").train()
     nn.functional.cross_entropy(model(tiny.train.images), tiny.train.labels).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -132,7 +132,7 @@ MODEL_CHANGES = {
 
 @pytest.mark.parametrize("message", MODEL_CHANGES)
 def test_a_wrong_model_is_refused_by_name(ticket, tmp_path, message):
-    save_sparse(ticket.sparse_network((16, 16)), tmp_path / "m", model=ticket.model)
+    save_sparse(ticket.sparse_network((16, 16)), tmp_path / "m", ticket.model)
     _tampered(tmp_path / "m", "model", MODEL_CHANGES[message])
     with pytest.raises(TicketError, match=message):
         load_sparse(tmp_path / "m")

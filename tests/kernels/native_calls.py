@@ -61,13 +61,12 @@ class Weight:
         crow = [sum(map(len, kept[:i])) for i in range(rows + 1)]
         self.nnz = len(col)
         self.crow, self.col = memory.put("i", crow), memory.put("i", col)
-        self.ccol, self.rows, self.slots = (
-            memory.put("i", [-1] * n) for n in (cols + 1, self.nnz, self.nnz)
-        )
+        by_column = sorted((c, i) for i, row in enumerate(kept) for c in row)
+        in_order = [(i, c) for i, row in enumerate(kept) for c in row]
+        self.ccol = memory.put("i", [sum(c < k for c in col) for k in range(cols + 1)])
+        self.rows = memory.put("i", [i for _, i in by_column])
+        self.slots = memory.put("i", [in_order.index((i, c)) for c, i in by_column])
         self.values, self.bias = memory.ones(self.nnz * self.R * self.C), memory.ones(self.out)
-        native.check_indices(self.crow, rows + 1, self.col, self.nnz, cols)
-        pattern = self.crow, rows, self.col, self.nnz, cols
-        native.transpose_indices(*pattern, self.ccol, self.rows, self.slots)
 
     def as_layer(self, relu):
         pointers = self.values, self.bias, self.crow, self.col

@@ -161,5 +161,5 @@ def test_autocast(dtype):
 def test_opcheck():
     layer = _layer((80, 48), (16, 16))
     x = torch.randn(8, 48, device="cuda", dtype=torch.float16, requires_grad=True)
-    args = x, layer.weight_values, list(layer.pattern), layer.bias, 80, "relu"
+    args = x, layer.weight_values, *layer.pattern[:2], layer.bias, 80, "relu"
     torch.library.opcheck(torch.ops.sparse_lth.linear.default, args)

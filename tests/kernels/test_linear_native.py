@@ -44,7 +44,7 @@ def random_layer(out_features, in_features, blocksize, density):
     mask = mask.repeat_interleave(blocksize[1], 1)[:out_features, :in_features]
     weight = torch.randn(out_features, in_features) * mask
     values, crow, col = bsr.from_dense(weight, mask, blocksize)
-    return values, Pattern.from_indices(crow, col, cols), weight
+    return values, Pattern.from_indices(crow, col, (rows, cols)), weight
 
 
 def check(out, x, weight, bias=None, activation="none"):
@@ -120,7 +120,7 @@ def test_any_layout(instruction_set, blocksize):
 @pytest.mark.parametrize("blocksize", [(1, 1), (16, 16), (8, 3), (1, 20), (4, 4)])
 def test_nan_and_inf_reach_only_kept_blocks(instruction_set, blocksize, activation):
     values, pattern, weight = random_layer(37, 50, blocksize, 0.3)
-    reached = linear_torch.to_dense(torch.ones_like(values), pattern, weight.shape).T.bool()
+    reached = linear_torch.to_dense(torch.ones_like(values), *pattern[:2], weight.shape).T.bool()
     for batch in (1, 5, 50, 70):
         for bad in (float("nan"), float("inf"), float("-inf")):
             clean = torch.randn(batch, 50)
@@ -244,17 +244,16 @@ def test_chain(instruction_set, order):
         assert_close(chain(x), ref, len(layers) * bound)  # each layer's roundings pass through
 
 
-def test_chain_follows_its_tensors():
+def test_chain_reads_the_memory_that_its_tensors_had():
     layers, _ = mixed_chain()
     chain, x = Chain(layers), torch.randn(5, 78)
     before = chain(x)
-    layers[0].values.mul_(2)
+    layers[0].values.mul_(2)  # training in place
     assert torch.equal(chain(x), Chain(layers)(x))
-    layers[0].values.data = layers[0].values / 2  # other memory, as `module.to()` gives
+    layers[0].values.div_(2)
+    for t in (layers[0].values, layers[0].bias):
+        t.data = torch.zeros(1)  # which frees the memory, if nobody else holds it
     assert torch.equal(chain(x), before)
-    layers[0].values.data = layers[0].values.double()
-    with pytest.raises(ValueError, match="float64"):
-        chain(x)
 
 
 def test_chain_says_what_it_expected():
@@ -265,7 +264,7 @@ def test_chain_says_what_it_expected():
         Chain([layers[0]._replace(activation="gelu")])
     with pytest.raises(ValueError, match="expected 1 to"):
         Chain([])
-    with pytest.raises(ValueError, match=r"expected float32 \(batch, 78\)"):
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., 78\) inputs, got \(5, 77\)"):
         Chain(layers)(torch.randn(5, 77))
 
 

@@ -1,11 +1,8 @@
-"""What the native entry points refuse, and what they make of index arrays."""
+"""What the native entry points refuse."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sparse_lth import bsr
 from sparse_lth.kernels import linear_native
 
 if linear_native.WHY_NOT:
@@ -102,75 +99,3 @@ def test_a_layer_takes_what_the_one_before_it_gives():
     second["in"] = 6
     with pytest.raises(ValueError, match="expected in_features 7 for layer 1, got 6"):
         native.forward(*ARGUMENTS["forward"].values(), *second.values())
-
-
-def addresses(*tensors):
-    return (t.data_ptr() for t in tensors)
-
-
-@st.composite
-def index_arrays(draw):
-    """crow, col, block_cols: valid, but for at most two entries set to something else"""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
-    rows, cols = draw(st.integers(0, 9)), draw(st.integers(0, 40))
-    keep = torch.rand(rows, cols, generator=generator) < draw(st.floats(0, 1))
-    crow = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)]).int()
-    col = keep.nonzero()[:, 1].int()
-    for _ in range(draw(st.integers(0, 2))):
-        changed = draw(st.sampled_from([t for t in (crow, col) if len(t)]))
-        value = draw(st.integers(-2, 42) | st.sampled_from([-(2**31), 2**31 - 1]))
-        changed[draw(st.integers(0, len(changed) - 1))] = value
-    return crow, col, cols
-
-
-def complaint(check, *arguments):
-    try:
-        check(*arguments)
-    except ValueError as error:
-        return str(error)
-
-
-@settings(max_examples=1000, deadline=None)
-@given(index_arrays())
-def test_indices_are_checked_as_bsr_checks_them(arrays):
-    crow, col, cols = arrays
-    values, shape = torch.zeros(len(col), 1, 1), (len(crow) - 1, cols)
-    expected = complaint(bsr.validate, values, crow, col, shape)
-    (crow_at, col_at), lengths = addresses(crow, col), (len(crow), len(col))
-    got = complaint(native.check_indices, crow_at, lengths[0], col_at, lengths[1], cols)
-    assert got == expected
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 40), st.floats(0, 1), st.integers(0, 10_000))
-def test_indices_are_transposed_in_order(rows, cols, density, seed):
-    keep = torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)) < density
-    crow = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)]).int()
-    row, col = (t.int() for t in keep.nonzero().T)
-    col = col.contiguous()
-    written = [torch.full((n,), -1, dtype=torch.int32) for n in (cols + 1, len(col), len(col))]
-    crow_at, col_at, *written_at = addresses(crow, col, *written)
-    native.transpose_indices(crow_at, rows, col_at, len(col), cols, *written_at)
-    ccol, t_rows, t_slots = written
-    assert ccol.tolist() == [0, *keep.sum(0).cumsum(0).tolist()]
-    slots = col.argsort(stable=True)
-    assert torch.equal(t_slots, slots.int())
-    assert torch.equal(t_rows, row[slots])
-
-
-@pytest.mark.parametrize(
-    ("call", "arguments", "message"),
-    [
-        ("check_indices", (0, 1, P, 0, 1), "address of crow_indices"),
-        ("check_indices", (P, 0, P, 0, 1), "crow_length of at least 1, got 0"),
-        ("check_indices", (P, 1, 0, 1, 1), "address of col_indices"),
-        ("check_indices", (P, 1, P, -1, 1), "nnz of at least 0, got -1"),
-        ("transpose_indices", (P, -1, P, 0, 0, P, P, P), "block_rows of at least 0, got -1"),
-        ("transpose_indices", (P, 0, P, 0, -1, P, P, P), "block_cols of at least 0, got -1"),
-        ("transpose_indices", (P, 0, P, 0, 0, 0, P, P), "address of ccol_indices"),
-        ("transpose_indices", (P, 0, P, 1, 0, P, P, 0), "address of slots"),
-    ],
-)
-def test_index_calls_say_what_they_expected(call, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        getattr(native, call)(*arguments)

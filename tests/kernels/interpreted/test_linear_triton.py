@@ -30,7 +30,7 @@ def _check(layer, x, grad):
     pattern, values, bias = layer.pattern, layer.weight_values, layer.bias
     y = linear_triton.linear(x, values, pattern, bias, layer.out_features, layer.activation)
     dx = linear_triton.linear_grad_input(grad, values, pattern, layer.in_features)
-    weight = linear_torch.to_dense(values, pattern, (layer.out_features, layer.in_features))
+    weight = linear_torch.to_dense(values, *pattern[:2], (layer.out_features, layer.in_features))
     weight, x, grad = weight.double(), x.double(), grad.double()
     bias = torch.zeros(()) if bias is None else bias.double()
     magnitude = x.abs() @ weight.abs().T + bias.abs()
@@ -173,8 +173,8 @@ def test_training_step_is_that_of_the_dense_layer(size, blocksize, shape, layout
     grad = torch.where(exact > 0, grad.double(), 0)
     assert_close(x.grad, exact_x.grad, grad.abs() @ dense.weight.abs())
     flat, x = grad.reshape(-1, size[0]).abs(), exact_x.reshape(-1, size[1]).abs()
-    actual = linear_torch.to_dense(layer.weight_values.grad, layer.pattern, size)
-    kept = linear_torch.to_dense(torch.ones_like(layer.weight_values), layer.pattern, size)
+    actual = linear_torch.to_dense(layer.weight_values.grad, *layer.pattern[:2], size)
+    kept = linear_torch.to_dense(torch.ones_like(layer.weight_values), *layer.pattern[:2], size)
     assert_close(actual, dense.weight.grad * kept, flat.T @ x)
     assert_close(layer.bias.grad, dense.bias.grad, flat.sum(0))
 
