@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -68,6 +69,11 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 f"{path}: expected a model of {', '.join(BUILDERS)}, got {about.get('model')!r}; "
                 "load_sparse(path, model) loads into any other"
             )
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise TicketError(f"{path}: expected {name} in torch.float32, got {tensor.dtype}")
+            if not tensor.isfinite().all():
+                raise TicketError(f"{path}: expected finite numbers in {name}")
         model = BUILDERS[about["model"]]()
     before = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     try:
@@ -96,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
         except (OSError, FormatError) as error:
             raise TicketError(str(error)) from error
     about = about if isinstance(about, dict) else {"model": None}
-    layers, aliases = about.get("layers", {}), about.get("aliases", {})
+    layers, aliases = about.get("layers", None if about else {}), about.get("aliases", {})
     if isinstance(layers, list):  # of files before version 0.2
         layers = {name: {} for name in layers if isinstance(name, str)}
     named = isinstance(layers, dict) and all(isinstance(kept, dict) for kept in layers.values())
@@ -141,8 +147,9 @@ def _sparse_layers(
 ) -> dict[nn.Module, SparseLinear]:
     """For each dense layer that the file has sparse, the sparse one; ValueError if it cannot be."""
     modules, made = dict(model.named_modules(remove_duplicate=False)), {}
-    if lost := sorted(name for name in layers if _join(name, "crow_indices") not in tensors):
-        raise ValueError(f"expected the blocks of {lost}, got none")
+    for name in layers:
+        if _join(name, "crow_indices") not in tensors:
+            raise ValueError(f"{name}: expected crow_indices of a sparse layer, got none")
     for name in tensors:
         owner, _, kind = name.rpartition(".")
         layer = modules.get(owner)
@@ -153,12 +160,14 @@ def _sparse_layers(
         (outputs, inputs), bias = matrix(layer, layer.weight).shape, layer.bias
         given = {kind: tensors.get(_join(owner, kind)) for kind in (*BLOCKS, "bias")}
         try:
+            if (bias is None) != (given["bias"] is None):
+                raise ValueError(f"expected {'a' if given['bias'] is None else 'no'} bias")
             sparse = SparseLinear._from_blocks(inputs, outputs, **given)
             sparse.activation = as_activation(layers.get(owner, {}).get("activation", "none"))
         except (AttributeError, ValueError) as error:
             raise ValueError(f"{owner}: {error}") from error
         sparse.weight_values.requires_grad_(layer.weight.requires_grad)
-        if bias is not None and sparse.bias is not None:
+        if bias is not None:
             sparse.bias.requires_grad_(bias.requires_grad)
         made[layer] = sparse
     return made

@@ -90,9 +90,7 @@ def test_sparse_layers_train_as_masks_do(tiny, blocksize):
     )
     assert masked.history[-1]["trained_sparse"] == []
     assert {"fc1", "fc2"} <= set(sparse.history[-1]["trained_sparse"])
-    assert (
-        "fc1.weight_values.exp_avg" in sparse.optimizer
-    )  # it was block-sparse
+    assert "fc1.weight_values.exp_avg" in sparse.optimizer  # it was block-sparse
     for name, mask in masked.masks.items():
         assert torch.equal(mask, sparse.masks[name])
         assert not sparse.weights[f"{name}.weight"][~mask].any()
