@@ -1,10 +1,16 @@
 """Find lottery tickets, run them as block-sparse layers, measure whether they are faster."""
 
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
-_root = Path(__file__).parent.parent
-if (_root / "pyproject.toml").exists():  # a checkout: `sparse_lth.kernels` is its kernels/ folder
-    __path__.append(str(_root))
+if find_spec(f"{__name__}.kernels") is None:  # a checkout: it is the kernels/ folder beside this
+    _folder = Path(__file__).parent.parent / "kernels"
+    _spec = spec_from_file_location(
+        f"{__name__}.kernels", _folder / "__init__.py", submodule_search_locations=[str(_folder)]
+    )
+    sys.modules[_spec.name] = kernels = module_from_spec(_spec)
+    _spec.loader.exec_module(kernels)
 
 from .convert import Conversion, conversion, sparsify_  # noqa: E402
 from .kernels import backends  # noqa: E402
