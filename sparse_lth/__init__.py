@@ -12,13 +12,14 @@ if find_spec(f"{__name__}.kernels") is None:  # a checkout: it is the kernels/ f
     sys.modules[_spec.name] = kernels = module_from_spec(_spec)
     _spec.loader.exec_module(kernels)
 
-from .convert import Conversion, conversion, sparsify_  # noqa: E402
-from .kernels import backends  # noqa: E402
-from .layers import SparseLinear  # noqa: E402
-from .masks import block_l1_unstructured  # noqa: E402
-from .saving import load_sparse, save_sparse  # noqa: E402
-from .sequential import SparseSequential  # noqa: E402
-from .ticket import Ticket, TicketError  # noqa: E402
+from .convert import Conversion, conversion, sparsify_
+from .kernels import backends
+from .layers import SparseLinear
+from .masks import block_l1_unstructured
+from .saving import load_sparse, save_sparse
+from .sequential import SparseSequential
+from .ticket import Ticket, TicketError
+from .timing import benchmark
 
 __all__ = [
     "Conversion",
@@ -27,6 +28,7 @@ __all__ = [
     "Ticket",
     "TicketError",
     "backends",
+    "benchmark",
     "block_l1_unstructured",
     "conversion",
     "load_sparse",
