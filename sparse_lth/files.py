@@ -1,7 +1,6 @@
 """Files that are either whole or absent, and tensors in them that need no pickle."""
 
 import json
-import math
 import os
 import stat
 from contextlib import suppress
@@ -44,7 +43,7 @@ def write(path: str | Path, content: bytes | str) -> None:
 
 def leftovers(folder: Path) -> list[Path]:
     """What a `write` that was killed has left there, or one that goes on now is writing."""
-    return list(folder.glob(".*.part"))
+    return list(folder.glob(f".*.{'[0-9a-f]' * 32}.part"))
 
 
 def file_size(path: str | Path) -> int:
@@ -66,19 +65,17 @@ def read_json(path: str | Path) -> dict:
 
 
 def parse_json(text: str | bytes) -> dict:
-    """A JSON object of finite numbers, integers of 64 bits, nested at most DEPTH deep.
+    """A JSON object of integers of 64 bits and text in UTF-8, nested at most DEPTH deep.
 
-    Raises only ValueError, so that whoever reads the values needs no more care than with his own.
+    Raises only ValueError: whoever reads the values need fear none of them.
     """
     try:
-        value = json.loads(
-            text, parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float
-        )
+        value = json.loads(text, parse_int=_parse_int)
     except RecursionError:
         raise ValueError(f"expected at most {DEPTH} levels") from None
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, got {type(value).__name__}")
-    _check_depth(value, DEPTH)
+    _check_json(value, DEPTH)
     return value
 
 
@@ -88,18 +85,18 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
-def _parse_float(digits: str) -> float:
-    if not math.isfinite(float(digits)):
-        raise ValueError(f"expected finite numbers, got {digits[:40]}")
-    return float(digits)
-
-
-def _check_depth(value: object, left: int) -> None:
-    if left < 0:
+def _check_json(value: object, levels: int) -> None:
+    if isinstance(value, str):
+        value.encode()  # raises for half a surrogate pair, which JSON can spell
+    if not isinstance(value, dict | list):
+        return
+    if levels == 0:
         raise ValueError(f"expected at most {DEPTH} levels")
-    if isinstance(value, dict | list):
-        for child in value.values() if isinstance(value, dict) else value:
-            _check_depth(child, left - 1)
+    for child in value:
+        _check_json(child, levels - 1)
+    if isinstance(value, dict):
+        for child in value.values():
+            _check_json(child, levels - 1)
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], about: dict) -> None:

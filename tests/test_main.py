@@ -50,9 +50,9 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--prune_pc", "1.5"], "prune_pc: expected a fraction above 0 and below 1, got 1.5"),
-        (["--prune_rounds", "0"], "prune_rounds: expected at least 1, got 0"),
-        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
-        (["--bs", "-1"], "bs: expected at least 1, got -1"),
+        (["--prune_rounds", "0"], "prune_rounds: expected 1 to 1000000000, got 0"),
+        (["--epochs", "0"], "epochs: expected 1 to 1000000000, got 0"),
+        (["--bs", "-1"], "bs: expected 1 to 1000000000, got -1"),
         (
             ["--prune_pc", "0.9", "--blocksize", "100x300"],
             "prune_pc: expected to leave at least one of the 1 blocks of fc2, got 0.9",
@@ -93,7 +93,7 @@ def test_a_run_folder_is_never_overwritten(tmp_path, capsys):
     (tmp_path / "precious").write_text("x")
     with pytest.raises(SystemExit):
         _run(*QUICK, "--out_dir", tmp_path)
-    assert f"to go on with the run in it: --resume {tmp_path}" in capsys.readouterr().err
+    assert f"expected a new or empty folder, got {tmp_path}" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
 
@@ -136,7 +136,7 @@ def test_a_full_disk_loses_nothing_saved(tmp_path, capsys, monkeypatch):
     assert "state.safetensors" in error
     assert f"--resume {tmp_path / 'a'}" in error
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 2
-    assert not list((tmp_path / "a").glob(".*"))
+    assert not list((tmp_path / "a").glob("*.part"))
     assert _run("--resume", tmp_path / "a") == 0
     assert _run(*flags, "--out_dir", tmp_path / "b") == 0
     _assert_same_ticket(tmp_path / "a", tmp_path / "b")
@@ -146,7 +146,7 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("main.watch", interrupt)
+    monkeypatch.setattr("sparse_lth.program.progress.watch", interrupt)
     assert _run(*QUICK, "--out_dir", tmp_path / "run") == 130
     error = capsys.readouterr().err
     assert error.splitlines() == [

@@ -79,7 +79,7 @@ class RunConfig:
         self._expect("lr", "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
         self._expect("prune_pc", "a fraction above 0 and below 1", 0 < self.prune_pc < 1)
         self._expect("seed", "0 or more", self.seed >= 0)
-        self._expect("data_dir", "the path of a folder", "\0" not in self.data_dir)
+        self._expect("data_dir", "a path in UTF-8", is_path(self.data_dir))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise SettingError(
                 "device: expected cpu or auto, since torch sees no GPU here, got cuda"
@@ -191,9 +191,17 @@ def is_a(value: object, kind: type) -> bool:
     if get_origin(kind) is tuple:
         parts = get_args(kind)
         return type(value) is tuple and len(value) == len(parts) and all(map(is_a, value, parts))
-    if kind is float and type(value) is int:
-        kind = int
-    return type(value) is kind and (kind is not int or abs(value) < 2**63)
+    if type(value) is int and kind in (int, float):
+        return abs(value) < 2**63
+    return type(value) is kind
+
+
+def is_path(text: str) -> bool:
+    """Whether every system and every file that we write can hold this path."""
+    try:
+        return "\0" not in text and bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def steps(text: str, per_epoch: int) -> int:
