@@ -199,6 +199,28 @@ def test_a_damaged_file_is_refused(root, small, name, damage):
     assert relative(root) == before
 
 
+@pytest.mark.parametrize("name", ["auto", "mnist"])
+def test_a_huge_file_is_refused_unread(root, name):
+    with open(root / "MNIST" / "raw" / "t10k-images-idx3-ubyte", "wb") as file:
+        file.truncate(30 << 30)
+    with pytest.raises(data.DataError, match=r"is damaged: .* got 32212254720 bytes; delete it"):
+        data.load(name, root, "cpu", notify=pytest.fail)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_never_blocks(root, make):
+    path = root / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    path.unlink()
+    make(path)
+    with pytest.raises(data.DataError, match="train-labels-idx1-ubyte: expected a file, got"):
+        data.load("auto", root, "cpu", notify=pytest.fail)
+
+
+def test_a_home_of_nobody_is_refused():
+    with pytest.raises(data.DataError, match="cannot find ~nosuchuser"):
+        data.load("auto", "~nosuchuser", "cpu", notify=pytest.fail)
+
+
 def test_an_unchecked_processed_file_is_not_read(root):
     (root / "MNIST" / "processed").mkdir()
     for name in ("training.pt", "test.pt"):

@@ -168,7 +168,7 @@ class RunConfig:
 
 
 _KINDS = {
-    int: "a whole number",
+    int: "a whole number of 64 bits",
     float: "a number",
     bool: "true or false",
     str: "text",
@@ -197,11 +197,12 @@ def is_a(value: object, kind: type) -> bool:
 
 
 def is_path(text: str) -> bool:
-    """Whether every system and every file that we write can hold this path."""
+    """Whether the files that we write can hold this path."""
     try:
-        return "\0" not in text and bool(text.encode())
+        text.encode()
     except UnicodeEncodeError:
         return False
+    return "\0" not in text
 
 
 def steps(text: str, per_epoch: int) -> int:

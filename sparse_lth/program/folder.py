@@ -24,8 +24,7 @@ def new_folder(out_dir: Path | None) -> Path:
     """out_dir, or by default a new name under runs/; SettingError if it holds something."""
     if out_dir is None:
         return Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
-    if not is_path(str(out_dir)):
-        raise SettingError(f"--out_dir: expected a path in UTF-8, got {str(out_dir)!r}")
+    _expect_path("--out_dir", out_dir)
     try:
         in_use = out_dir.exists() and (not out_dir.is_dir() or _holds_something(out_dir))
     except OSError as error:
@@ -38,6 +37,11 @@ def new_folder(out_dir: Path | None) -> Path:
             message += f"; to go on with the run in it: {resume_command(out_dir)}"
         raise SettingError(message)
     return out_dir
+
+
+def _expect_path(flag: str, folder: Path) -> None:
+    if not is_path(str(folder)):
+        raise SettingError(f"{flag}: expected a path in UTF-8, got {str(folder)!a}")
 
 
 def _holds_something(folder: Path) -> bool:
@@ -72,6 +76,7 @@ def save_config(folder: Path, config: RunConfig) -> None:
 
 def load_config(folder: Path) -> RunConfig:
     """The settings of the run in it; SettingError where there is none."""
+    _expect_path("--resume", folder)
     try:
         return RunConfig.from_dict(read_json(folder / CONFIG))
     except (OSError, ValueError) as error:
