@@ -133,7 +133,7 @@ def load_sparse(path: str | Path) -> SparseSequential:
         )
     network = SparseSequential(OrderedDict(build(about["model"]).named_children()))
     for name in about["layers"]:
-        dense = dict(network.named_modules()).get(name)
+        dense = dict(network.named_modules()).get(name) if isinstance(name, str) else None
         if not isinstance(dense, nn.Linear):
             raise TicketError(f"{path}: expected the name of a linear layer, got {name!r}")
         part = split_prefix(tensors, name)
