@@ -27,6 +27,7 @@ def run_as_program() -> int:
         status = exit.code
     except KeyboardInterrupt:
         status = 130
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own end has tracebacks, too
     try:
         if sys.stdout:
             sys.stdout.flush()
