@@ -20,13 +20,15 @@ def run_as_program() -> int:
         sys.stdout.reconfigure(errors="replace")
     import sparse_lth.program.command  # noqa: F401
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main()
     except SystemExit as exit:
         status = exit.code
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:  # of stderr
+        status = 141
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own end has tracebacks, too
     try:
         if sys.stdout:

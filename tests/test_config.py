@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_lth.program.config import DATASETS, TRAIN_IMAGES, RunConfig, SettingError
+from sparse_lth.program.config import RunConfig, SettingError
 
 NAMES = [field.name for field in fields(RunConfig)]
 SCALARS = (
@@ -79,7 +79,3 @@ def test_a_rewind_step_beyond_the_round_is_refused(steps):
     config = RunConfig(dataset="digits", epochs=1, rewind_step=steps)
     with pytest.raises(SettingError, match="rewind_step: expected a step within the 11 of a round"):
         config.expect_rewind_step_within(1350)
-
-
-def test_every_data_set_has_its_size():
-    assert {"auto", *TRAIN_IMAGES} == set(DATASETS)

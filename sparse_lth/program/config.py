@@ -15,9 +15,9 @@ from .models import MODELS, build
 
 SCOPES = ("layerwise", "global")
 TRAIN_SPARSE = ("auto", "on", "off")
-DATASETS = ("auto", "mnist", "digits")
 DEVICES = ("cpu", "cuda")
-TRAIN_IMAGES = {"mnist": 55_000, "digits": 1_350}
+TRAIN_IMAGES = {"mnist": 55_000, "digits": 1_350}  # of each data set
+DATASETS = ("auto", *TRAIN_IMAGES)
 MOST = 10**9  # of epochs, steps and the like: what is more was not meant
 _STEPS = re.compile(r"([0-9]{1,9})(it|ep)")
 

@@ -45,7 +45,7 @@ def _expect_path(flag: str, folder: Path) -> None:
 
 
 def _holds_something(folder: Path) -> bool:
-    return any(path != folder / LOCK for path in {*folder.iterdir()}.difference(leftovers(folder)))
+    return bool({*folder.iterdir()} - {folder / LOCK, *leftovers(folder)})
 
 
 @contextmanager
