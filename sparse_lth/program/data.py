@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.datasets.mnist import MNIST, read_image_file, read_label_file
+
+from ..files import FormatError, file_size
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels in 0..1
 VALIDATION = 5000  # of MNIST's 60,000 training images
@@ -82,7 +83,10 @@ def load(
         raise DataError(f"expected dataset auto, mnist or digits, got {name}")
     if name == "digits":
         return _digits(device)
-    raw = Path(root).expanduser() / "MNIST" / "raw"
+    try:
+        raw = Path(root).expanduser() / "MNIST" / "raw"
+    except RuntimeError as error:  # there is no such user
+        raise DataError(f"cannot find {root}: {error}") from error
     try:
         _provide(raw, *PATIENCE[name], notify)
     except DownloadError as error:
@@ -114,6 +118,8 @@ def _split(images: Tensor, labels: Tensor, white: int, device: torch.device | st
 
 
 def _mnist(raw: Path, device: torch.device | str) -> Dataset:
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
     # Not MNIST(root): it prefers a processed/training.pt, which nobody has checked.
     (images, labels), test = (
         (
@@ -171,18 +177,20 @@ def _provide(raw: Path, silence: float, total: float, notify: Callable[[str], No
 
 def _verified(path: Path) -> bool:
     """False if there is no such file; raises DataError if it is not what MNIST has."""
+    size, md5 = FILES[path.name]
     try:
-        content = path.read_bytes()
+        found = file_size(path)
+        if found == size and _md5(path.read_bytes()) == md5:
+            return True
     except FileNotFoundError:
         return False
+    except FormatError as error:
+        raise DataError(str(error)) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    size, md5 = FILES[path.name]
-    if len(content) == size and _md5(content) == md5:
-        return True
     raise DataError(
-        f"{path} is damaged: expected {size} bytes with md5 {md5}, "
-        f"got {len(content)} with {_md5(content)}; delete it to have it downloaded again"
+        f"{path} is damaged: expected {size} bytes with md5 {md5}, got "
+        f"{'others' if found == size else f'{found} bytes'}; delete it to have it downloaded again"
     )
 
 
@@ -199,6 +207,8 @@ def _download(
     torchvision's own download has no limit. A socket's timeout does not cover the name lookup,
     which cannot be interrupted: hence a thread, left behind if need be, that touches no disk.
     """
+    from torchvision.datasets.mnist import MNIST
+
     events = queue.SimpleQueue()  # None for each chunk, at last the files or a DownloadError
     limits = silence / len(MNIST.mirrors), time.monotonic() + total  # every mirror has its turn
     threading.Thread(target=_fetch, args=(names, *limits, events), daemon=True).start()
@@ -224,6 +234,8 @@ def _fetch(names: list[str], timeout: float, deadline: float, events: queue.Simp
 
 def _fetch_file(name: str, timeout: float, deadline: float, events: queue.SimpleQueue) -> bytes:
     """The unpacked file, from the first mirror that has it whole."""
+    from torchvision.datasets.mnist import MNIST
+
     failures = []
     for mirror in MNIST.mirrors:
         try:
