@@ -75,6 +75,9 @@ def held(t: Tensor) -> Tensor:
     return t.detach().contiguous().resolve_neg()
 
 
+NESTED = "expected a dense tensor, got a nested one: give its x.values(), or x.to_padded_tensor(0)"
+
+
 class ChainLayer(NamedTuple):
     """One layer of a chain: a sparse one, or a dense one without a pattern."""
 
@@ -130,6 +133,8 @@ class Chain:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            raise ValueError(NESTED)
         shape = x.shape
         if shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(shape)}")

@@ -18,6 +18,7 @@ from .kernels import (
     pattern_of,
     traced_linear,
 )
+from .kernels.linear_native import NESTED
 from .kernels.linear_torch import ACTIVATIONS, to_dense
 from .kernels.pattern import check_sizes
 from .optimizers import forget
@@ -248,10 +249,7 @@ class BlockSparse(nn.Module):
         if isinstance(x, Proxy):  # of torch.fx, which has no shape yet
             return self._traced_product(x, bias, activation)
         if x.is_nested:
-            raise ValueError(
-                f"{type(self).__name__}: expected a dense tensor, got a nested one: give it "
-                f"x.to_padded_tensor(0.0), or its x.values()"
-            )
+            raise ValueError(NESTED)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
         dtype = _autocast_dtype(x)
@@ -308,7 +306,10 @@ class BlockSparse(nn.Module):
         with _changing:
             if blocks is not None:
                 self._take_blocks(*blocks, local_metadata.get("assign_to_params_buffers", False))
-            return super()._load_from_state_dict(state_dict, prefix, *rest)
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        if blocks is not None:
+            forget(self.weight_values)
+        return None
 
     def _checked_blocks(
         self, given: dict[str, Tensor | None], bias: Tensor | None
@@ -349,7 +350,6 @@ class BlockSparse(nn.Module):
             self.weight_values = nn.Parameter(room, parameter.requires_grad)
         else:
             parameter.grad, parameter.data = None, room
-            forget(parameter)
             if bias is not None:
                 bias.data = bias.data.clone()
         self._set_indices(crow.clone(), col.clone(), None if kept is None else kept.clone())
