@@ -13,16 +13,17 @@ from rich.console import Console
 
 from sparse_lth.files import FormatError, write
 from sparse_lth.kernels import backends
-from sparse_lth.lottery import State, search
 from sparse_lth.program.config import DATASETS, SCOPES, TRAIN_SPARSE, RunConfig
 from sparse_lth.program.data import DataError, load
+from sparse_lth.program.lottery import Lottery, State
 from sparse_lth.program.measure import compare, summarise
 from sparse_lth.program.models import MODELS
 from sparse_lth.program.progress import describe as describe_epoch
 from sparse_lth.program.progress import watch, write_metrics
 from sparse_lth.program.report import print_tables, write_page
+from sparse_lth.program.tickets import make_ticket, sparse_network
 from sparse_lth.program.training import TrainingError
-from sparse_lth.ticket import Ticket, save_sparse
+from sparse_lth.ticket import save_sparse
 
 console = Console()
 
@@ -59,19 +60,20 @@ def run(config: RunConfig, run_dir: Path) -> None:
     config = replace(config, dataset=data.name)
     run_dir.mkdir(parents=True, exist_ok=True)
     write(run_dir / "config.json", json.dumps(asdict(config), indent=1))
-    saved = run_dir / "state.safetensors"
-    start = State.load(saved) if saved.exists() else State.start(config)
+    lottery, saved = Lottery(config, data), run_dir / "state.safetensors"
+    start = State.load(saved) if saved.exists() else lottery.start()
+    expect_settings(config, start, saved)
     if start.history:
         say(f"going on after {describe_epoch(start.history[-1])}")
-    state = watch(search(config, data, start), config, start, run_dir, console)
+    state = watch(lottery.states(start), config, start, run_dir, console)
 
-    ticket = Ticket.from_state(config, state)
+    ticket = make_ticket(state)
     ticket.save(run_dir / "ticket.safetensors")
     if config.export_blocksize:
         if config.device == "cpu" and not backends()["native"].startswith("available"):
             say(f"sparse layers run on torch, more slowly: native kernels {backends()['native']}")
         path = run_dir / "sparse_model.safetensors"
-        save_sparse(path, ticket.sparse_network(config.export_blocksize), ticket)
+        save_sparse(path, sparse_network(ticket, config.export_blocksize), ticket)
         summary = compare(ticket, path, data.test)
     else:
         summary = summarise(ticket, config.device)
@@ -79,6 +81,17 @@ def run(config: RunConfig, run_dir: Path) -> None:
     write_page(run_dir / "report.html", ticket, summary)
     print_tables(console, ticket, summary)
     say(f"report: {run_dir / 'report.html'}")
+
+
+def expect_settings(config: RunConfig, state: State, path: Path) -> None:
+    """Raises FormatError where the state is of a search with other settings."""
+    settings = json.loads(json.dumps(config.search_settings()))
+    for name, was in json.loads(json.dumps(state.settings)).items():
+        if settings[name] != was:
+            raise FormatError(
+                f"{path}: expected a search with {name} {settings[name]}, as config.json has it, "
+                f"got the state of one with {was}"
+            )
 
 
 def say(line: str) -> None:

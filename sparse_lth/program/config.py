@@ -5,12 +5,12 @@ import re
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import nn
 
-from ..bsr import grid_shape
-from ..masks import layer_densities, weight_layers
-from .models import MODELS, build
+from ..masks import SCOPES
+from ..search import Search
+from .models import MODELS
 
-SCOPES = ("layerwise", "global")
 TRAIN_SPARSE = ("auto", "on", "off")
 DATASETS = ("auto", "mnist", "digits")
 _STEPS = re.compile(r"(\d+)(it|ep)")
@@ -76,14 +76,10 @@ class RunConfig:
                 self._expect(name, "two sizes of at least 1", min(blocksize) >= 1)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: expected cpu or auto, since torch sees no GPU here, got cuda")
-        densities = self.layer_densities(self.rounds)  # raises where a block does not fit
-        for name, layer in weight_layers(build(self.model)).items():
-            blocks = math.prod(grid_shape(layer.weight.flatten(1).shape, self.blocksize))
-            if self.scope == "layerwise" and round(densities.get(name, 1) * blocks) == 0:
-                raise ValueError(
-                    f"prune_pc: expected to leave at least one of the {blocks} blocks of {name}, "
-                    f"got {self.prune_pc}"
-                )
+        try:
+            self.search(MODELS[self.model].empty().to_empty(device="cpu"))
+        except ValueError as error:
+            raise ValueError(f"prune_pc and blocksize: {error}") from error
 
     def _expect(self, name: str, expected: str, holds: bool) -> None:
         if not holds:
@@ -99,10 +95,26 @@ class RunConfig:
         """The fraction of the weights still alive that one round prunes."""
         return 1 - (1 - self.prune_pc) ** (1 / self.prune_rounds)
 
-    def layer_densities(self, round: int) -> dict[str, float]:
-        """Density of each layer that is pruned, after `round` rounds (masks.layer_densities)."""
-        round = round * self.prune_rounds if self.one_shot else round
-        return layer_densities(build(self.model), self.rate, round, self.blocksize, self.scope)
+    def search(
+        self, model: nn.Module, levels: tuple[int, ...] | None = None, rewind: str = "init"
+    ) -> Search:
+        """The library's search of this model of the registry, before its first round.
+
+        Layerwise, the output layer is pruned at half the rate, as in the paper.
+        """
+        if self.one_shot:
+            levels = (self.prune_rounds,)
+        half = {MODELS[self.model].output: 0.5}
+        return Search(
+            model,
+            1 - self.prune_pc,
+            self.prune_rounds,
+            self.blocksize,
+            scope=self.scope,
+            rates=half if self.scope == "layerwise" else {},
+            levels=levels,
+            rewind=rewind,
+        )
 
     def search_settings(self) -> dict:
         """What a ticket says of its run, as JSON holds it: everything but where the data lay."""

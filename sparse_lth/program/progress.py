@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import write
-from ..lottery import State
 from .config import RunConfig
+from .lottery import State
 
 
 def write_metrics(run_dir: Path, records: list[dict]) -> None:
