@@ -55,7 +55,7 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
         (["--bs", "-1"], "bs: expected at least 1, got -1"),
         (
             ["--prune_pc", "0.9", "--blocksize", "100x300"],
-            "prune_pc: expected to leave at least one of the 1 blocks of fc2, got 0.9",
+            "expected to leave at least one of the 1 blocks of fc2, got a density of 0.1 there",
         ),
         (["--lr", "nan"], "lr: expected a finite number above 0, got nan"),
         (["--seed", "-1"], "seed: expected 0 or more, got -1"),

@@ -14,7 +14,7 @@ from torch import nn
 from ..masks import densities_after, density
 from ..program.config import RunConfig
 from ..program.data import Dataset
-from ..program.lottery import Lottery, State, begin_round, redraw
+from ..program.lottery import Lottery, State, begin_round, redraw, search_from
 from ..program.models import MODELS, NARROW
 from ..program.tickets import make_ticket
 from ..program.training import evaluate
@@ -163,13 +163,12 @@ def run_chain(plan: Plan, chain: Chain, data: Dataset, folder: Path) -> Iterator
     path, method = chain_path(folder, chain), METHODS[chain.method]
     config = chain.config(plan, 0)
     state = State.load(path, ROW) if path.exists() else Lottery(config, data).start()
-    rows, model = list(state.history), state.model()
+    rows = list(state.history)
     done = rows[-1]["round"] if rows else -1
     for levels in [(level,) for level in chain.levels] if method.one_shot else [chain.levels]:
         if done >= 0 and done >= max(levels, default=0):
             continue
-        search = config.search(model, levels, method.rewind)
-        search.restore(state.round, done >= 0, state.init, state.masks, state.weights)
+        search = search_from(config, state, done >= 0, levels=levels, rewind=method.rewind)
         for round in search:
             level = (0, *levels)[round]
             lottery = Lottery(chain.config(plan, level), data)
@@ -181,12 +180,12 @@ def run_chain(plan: Plan, chain: Chain, data: Dataset, folder: Path) -> Iterator
                 began = time.perf_counter()
                 run = f"{chain.name}/{name.replace(' ', '_')}/round_{level}"
                 curves = _Curves(folder / "tensorboard" / run, plan.curves)
-                network = model if name == chain.method else start.model()
+                network = search.model if name == chain.method else start.model()
                 last, records = _train(lottery, network, start, plan.test_every, curves.add)
                 curves.close()
                 rows += [_row(chain, name, level, record) for record in records]
                 if name == chain.method:
-                    trained, end = replace(last, weights=snapshot(model)), records[-1]
+                    trained, end = replace(last, weights=snapshot(search.model)), records[-1]
                 yield _describe(chain, name, level, records, time.perf_counter() - began)
             search.init = trained.init
             if is_measured(chain):

@@ -77,7 +77,7 @@ class RunConfig:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: expected cpu or auto, since torch sees no GPU here, got cuda")
         try:
-            self.search(MODELS[self.model].empty().to_empty(device="cpu"))
+            self.search(MODELS[self.model].fresh())
         except ValueError as error:
             raise ValueError(f"prune_pc and blocksize: {error}") from error
 

@@ -61,7 +61,7 @@ class State:
 
     def model(self) -> nn.Module:
         """The network at this point, under the masks of torch's prune."""
-        model = MODELS[self.settings["model"]].empty().to_empty(device="cpu")
+        model = MODELS[self.settings["model"]].fresh()
         write_(model, self.weights, self.masks)
         return model
 
@@ -134,16 +134,14 @@ class Lottery:
         The last state of a round carries its test accuracy; the last round's is the ticket.
         """
         state = state or self.start()
-        model = state.model()
-        search = self.config.search(model)
-        search.restore(state.round, False, state.init, state.masks, state.weights)
+        search = search_from(self.config, state)
         for round in search:
             if round > state.round:
                 state = begin_round(state, search)
                 if self.config.reinit:
                     state = redraw(state)
-                    write_(model, state.weights, state.masks)
-            for state in self.train(model, state):  # noqa: B020
+                    write_(search.model, state.weights, state.masks)
+            for state in self.train(search.model, state):  # noqa: B020
                 yield state
             search.init = state.init
 
@@ -256,6 +254,16 @@ def expect_of_run(config: RunConfig, init: Tensors, masks: Masks) -> None:
     expect_like("init", init, read(model))
     expect_like("masks", masks, prunable(model, config.blocksize).masks())
     expect_finite("init", init)
+
+
+def search_from(
+    config: RunConfig, state: State, trained: bool = False, **settings: object
+) -> Search:
+    """The library's search where the state is: in its round, or at its end. For settings see
+    `RunConfig.search`."""
+    search = config.search(MODELS[config.model].fresh(), **settings)
+    search.restore(state.round, trained, state.init, state.masks, state.weights)
+    return search
 
 
 def begin_round(state: State, search: Search) -> State:

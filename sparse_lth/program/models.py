@@ -73,9 +73,13 @@ class Model:
         with torch.device("meta"):
             return self.build()
 
+    def fresh(self) -> nn.Module:
+        """With whatever weights, to be filled."""
+        return self.empty().to_empty(device="cpu")
+
     def new(self, generator: torch.Generator) -> nn.Module:
         """With its first weights, of which there are no others."""
-        model = self.empty().to_empty(device="cpu")
+        model = self.fresh()
         self.initialise(model, generator)
         return model
 

@@ -52,4 +52,4 @@ def sparse_network(ticket: Ticket, blocksize: tuple[int, int]) -> nn.Module:
 
 
 def _fresh(ticket: Ticket) -> nn.Module:
-    return MODELS[ticket.settings["model"]].empty().to_empty(device="cpu")
+    return MODELS[ticket.settings["model"]].fresh()
