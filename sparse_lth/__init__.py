@@ -9,16 +9,19 @@ if (_root / "pyproject.toml").exists():  # a checkout: `sparse_lth.kernels` is i
 from .kernels import backends  # noqa: E402
 from .layers import SparseLinear, sparsify_  # noqa: E402
 from .masks import block_l1_unstructured  # noqa: E402
+from .search import Search, find_ticket  # noqa: E402
 from .sequential import SparseSequential  # noqa: E402
 from .ticket import Ticket, TicketError, load_sparse  # noqa: E402
 
 __all__ = [
+    "Search",
     "SparseLinear",
     "SparseSequential",
     "Ticket",
     "TicketError",
     "backends",
     "block_l1_unstructured",
+    "find_ticket",
     "load_sparse",
     "sparsify_",
 ]

@@ -17,7 +17,7 @@ from .masks import (
     density,
     highest_masks,
 )
-from .ticket import Ticket, expect_like
+from .ticket import Ticket, expect_finite, expect_like
 from .weights import Filter, Tensors, prunable, snapshot, weight_name, write_
 
 Criterion = Callable[[Tensors, Masks, dict[str, float]], Masks]
@@ -210,6 +210,7 @@ class Search:
         """Ends a round: what was trained is what is searched, and its masks have held."""
         trained = snapshot(self.model)
         expect_like("trained", trained, self.init)
+        expect_finite("trained", trained, self.init)
         for name, mask in self.masks.items():
             if trained[weight_name(name)][~mask].any():
                 raise ValueError(

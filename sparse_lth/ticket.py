@@ -45,7 +45,7 @@ class Ticket:
         )
         text = f"{kept:,} of {total:,} weights ({self.density:.2%}) in {len(self.masks)} layers"
         dense = f", {len(self.dense)} layers left dense" if self.dense else ""
-        return f"Ticket({text}, after {len(self.rounds)} rounds{dense})"
+        return f"Ticket({text}, {len(self.rounds)} rounds{dense})"
 
     @property
     def density(self) -> float:
@@ -117,18 +117,22 @@ def expect_like(group: str, tensors: Tensors, like: Mapping[str, Tensor]) -> Non
             )
 
 
-def expect_finite(group: str, tensors: Tensors) -> None:
-    """Raises FormatError where a number is not."""
+def expect_finite(group: str, tensors: Tensors, like: Mapping[str, Tensor] | None = None) -> None:
+    """Raises FormatError for a NaN, or an infinite number where `like` has not got the same.
+
+    Attention masks, for one, are infinite by design.
+    """
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise FormatError(f"expected finite numbers in {group} {name}")
+        designed = like is not None and tensor == like[name]
+        if not (tensor.isfinite() | designed).all():
+            raise FormatError(f"expected finite numbers in {group} {name}: did training diverge?")
 
 
 def expect_masked(init: Tensors, masks: Masks, trained: Tensors) -> None:
     """Raises FormatError unless these are of one model, trained being 0 where pruned."""
     expect_like("trained", trained, init)
-    expect_finite("init", init)
-    expect_finite("trained", trained)
+    expect_finite("init", init, init)
+    expect_finite("trained", trained, init)
     if unknown := [name for name in masks if weight_name(name) not in init]:
         raise FormatError(f"expected masks of layers with a weight, got {unknown}")
     weights = {name: init[weight_name(name)] for name in masks}
