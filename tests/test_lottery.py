@@ -1,15 +1,19 @@
+import itertools
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import prune
 
+from sparse_lth.files import FormatError, load_tensors, save_tensors
 from sparse_lth.kernels import backends, use_backend
 from sparse_lth.program.config import RunConfig
 from sparse_lth.program.data import Split, batches
 from sparse_lth.program.lottery import Lottery, State, begin_round, search_from, trains_sparse
-from sparse_lth.program.models import MODELS
-from sparse_lth.program.tickets import make_ticket
+from sparse_lth.program.models import MODELS, Model
+from sparse_lth.program.tickets import dense_network, load_ticket, make_ticket
 from sparse_lth.program.training import TrainingError, make_step
 from sparse_lth.weights import read, snapshot, write_
 
@@ -263,3 +267,105 @@ def test_a_ticket_does_not_hold_the_live_weights(tiny):
 def test_a_loss_that_is_not_finite_stops_the_search(tiny):
     with pytest.raises(TrainingError, match=r"finite loss, got nan .* try a lower --lr"):
         list(search(replace(CONFIG, lr=1e30), tiny))
+
+
+def _normed():
+    """A small model with BatchNorm, as someone may add one."""
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(784, 30, bias=False),
+            norm=nn.BatchNorm1d(30),
+            relu=nn.ReLU(),
+            fc3=nn.Linear(30, 10),
+        )
+    )
+
+
+def test_a_model_is_one_entry_and_its_buffers_are_rewound_and_resumed(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "normed", Model(_normed))
+    config = replace(CONFIG, model="normed")
+    start = _start(config)
+    assert start["norm.weight"].eq(1).all()
+    states = []
+    for state in search(config, tiny):
+        states.append(replace(state, weights={n: w.clone() for n, w in state.weights.items()}))
+        if len(states) == 3:
+            state.save(tmp_path / "state")
+    assert int(states[1].weights["norm.num_batches_tracked"]) == 8
+    assert int(states[2].weights["norm.num_batches_tracked"]) == 4  # counted anew in round 1
+    assert not torch.equal(states[1].weights["norm.running_mean"], start["norm.running_mean"])
+    rewound = _next_round(config, states[1])
+    for name in ("norm.weight", "norm.running_mean", "norm.running_var"):
+        assert torch.equal(rewound.weights[name], start[name])
+    assert _same(_last(search(config, tiny, State.load(tmp_path / "state"))), states[-1])
+    ticket = make_ticket(states[-1])
+    ticket.save(tmp_path / "ticket")
+    assert torch.equal(
+        dense_network(load_ticket(tmp_path / "ticket"))(tiny.test.images),
+        dense_network(ticket)(tiny.test.images),
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory):
+    """The state of a search in the midst of round 1, whose layers train block-sparse."""
+    path = tmp_path_factory.mktemp("saved") / "state"
+    config = replace(CONFIG, train_sparse="on")
+    for state in itertools.islice(search(config, tiny), 3):
+        state.save(path)
+    return path
+
+
+STATE_CHANGES = {
+    "expected round, epoch": lambda t, a: a.pop("sparse"),
+    "expected the settings of a run": lambda t, a: a.update(settings=[1]),
+    "model: expected one of": lambda t, a: a["settings"].update(model="vgg"),
+    "lr: expected": lambda t, a: a["settings"].update(lr=-1.0),
+    "expected settings": lambda t, a: a["settings"].pop("seed"),
+    "expected round to count, got 1.5": lambda t, a: a.update(round=1.5),
+    "expected step to count, got True": lambda t, a: a.update(step=True),
+    "expected epoch to count, got -1": lambda t, a: a.update(epoch=-1),
+    "expected a round up to 2, got 3": lambda t, a: a.update(round=3),
+    "expected a list as history": lambda t, a: a.update(history={}),
+    "expected records of": lambda t, a: a["history"].append([]),
+    "expected train_loss of": lambda t, a: a["history"][0].update(train_loss="low"),
+    "expected validation_loss of": lambda t, a: a["history"][0].update(
+        validation_loss=float("nan")
+    ),
+    "expected density of": lambda t, a: a["history"][0].pop("density"),
+    "names of .* as sparse, got .*fc9": lambda t, a: a.update(sparse=["fc9"]),
+    "names of .* as sparse, got 3": lambda t, a: a.update(sparse=3),
+    "expected init, masks": lambda t, a: t.pop("generator"),
+    "expected other init tensors": lambda t, a: t.pop("init.fc1.bias"),
+    "expected other masks tensors": lambda t, a: t.pop("masks.fc1"),
+    "expected other trained tensors": lambda t, a: t.pop("weights.fc1.bias"),
+    "expected other optimizer tensors": lambda t, a: t.pop("optimizer.fc1.bias.step"),
+    "expected optimizer fc1.bias.exp_avg of shape": lambda t, a: t.update(
+        {"optimizer.fc1.bias.exp_avg": torch.zeros(3)}
+    ),
+    "expected trained fc2.weight of shape": lambda t, a: t.update(
+        {"weights.fc2.weight": t["weights.fc2.weight"].half()}
+    ),
+    "trained fc1.weight to be 0 where pruned": lambda t, a: t["weights.fc1.weight"].fill_(1),
+    "finite numbers in init fc1.bias": lambda t, a: t["init.fc1.bias"].fill_(torch.inf),
+    "finite numbers in optimizer": lambda t, a: t["optimizer.fc1.bias.exp_avg"].fill_(torch.nan),
+    "state of a generator": lambda t, a: t.update(generator=torch.zeros(3, dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("message", STATE_CHANGES)
+def test_a_wrong_state_is_refused_by_name(saved, tmp_path, message):
+    tensors, about = load_tensors(saved, "state")
+    STATE_CHANGES[message](tensors, about)
+    save_tensors(tmp_path / "state", "state", tensors, about)
+    with pytest.raises(FormatError, match=f"state: .*{message}"):
+        State.load(tmp_path / "state")
+
+
+@pytest.mark.parametrize("change", [{"step": 99}, {"epoch": 2}, {"optimizer": {}}])
+def test_a_state_that_does_not_fit_its_data_is_refused(saved, tiny, change):
+    state = replace(State.load(saved), **change)
+    config = replace(CONFIG, train_sparse="on")
+    with pytest.raises(FormatError, match="a state within the 8 steps of a round, 4 an epoch"):
+        next(search(config, tiny, state))

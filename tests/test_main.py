@@ -107,6 +107,16 @@ def test_resume_takes_its_settings_from_the_run(tmp_path, capsys):
     assert "--lr: expected 0.001, as the run to resume has it, got 1.0" in capsys.readouterr().err
 
 
+def test_resume_compares_the_settings_with_those_in_the_state(tmp_path, capsys):
+    assert _run(*QUICK, "--out_dir", tmp_path) == 0
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 1}))
+    capsys.readouterr()
+    assert _run("--resume", tmp_path) == 1
+    expected = "expected a search with seed 1, as config.json has it, got the state of one with 0"
+    assert expected in capsys.readouterr().err
+
+
 def test_a_state_that_is_cut_is_refused_by_name(tmp_path, capsys):
     assert _run(*QUICK, "--out_dir", tmp_path) == 0
     state = tmp_path / "state.safetensors"
