@@ -18,7 +18,7 @@ from .masks import (
     highest_masks,
 )
 from .ticket import Ticket, expect_finite, expect_like
-from .weights import Filter, Tensors, prunable, snapshot, weight_name, write_
+from .weights import Filter, Prunable, Tensors, prunable, snapshot, weight_name, write_
 
 Criterion = Callable[[Tensors, Masks, dict[str, float]], Masks]
 REWINDS = ("init", "weights")
@@ -100,41 +100,30 @@ class Search:
     ):
         wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
         self.model = model.module if isinstance(model, wrappers) else model
-        self.blocksize, self.criterion, self.scope = tuple(blocksize), criterion, scope
-        self.rewind, self.seed, rates = rewind, seed, dict(rates or {})
-        levels = [*(range(1, rounds + 1) if levels is None else levels)]
         if prune.is_pruned(self.model):
             raise ValueError("expected a model without masks: take them off with prune.remove")
-        _expect("density", "above 0 and below 1", density, 0 < density < 1)
-        _expect("rounds", "at least 1", rounds, rounds >= 1)
-        rising = levels == sorted({*levels}) and all(1 <= level <= rounds for level in levels)
-        _expect("levels", f"rising, from 1 to {rounds}", levels, rising)
-        _expect("blocksize", "two sizes of at least 1", blocksize, min(blocksize) >= 1)
-        known = callable(criterion) or criterion in CRITERIA
-        _expect("criterion", f"one of {[*CRITERIA]} or a function", criterion, known)
-        _expect("scope", f"one of {SCOPES}", scope, scope in SCOPES)
-        _expect("rewind", f"one of {REWINDS}", rewind, rewind in REWINDS)
-        layers = prunable(self.model, blocksize, filter_fn)
-        names = {*layers.weights, *layers.dense}
-        _expect("rates", f"layers of {sorted(names)}", rates, rates.keys() <= names)
-        _expect("rates", "above 0, up to 1", rates, all(0 < rate <= 1 for rate in rates.values()))
-        _expect("rates", "none in global scope", rates, not rates or scope == "layerwise")
-        rate = common_rate(layers.sizes(), density, rounds, rates)
-        self.schedule = [densities_after(layers.weights, rate, n, rates) for n in levels]
-        if scope == "layerwise" and self.schedule:
-            layers.expect_room(self.schedule[-1], blocksize)
-        name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "own")
+        blocksize = (blocksize, blocksize) if isinstance(blocksize, int) else tuple(blocksize)
+        self.criterion, self.blocksize, self.scope, self.rewind = (
+            criterion,
+            blocksize,
+            scope,
+            rewind,
+        )
+        self.seed = seed
         self.settings = {
             "density": density,
             "rounds": rounds,
             "blocksize": [*blocksize],
-            "criterion": name,
+            "criterion": getattr(criterion, "__name__", criterion),
             "scope": scope,
             "rewind": rewind,
-            "rates": rates,
-            "levels": levels,
+            "rates": dict(rates or {}),
+            "levels": [*(range(1, rounds + 1) if levels is None else levels)],
             "seed": seed,
         }
+        _expect_possible(**self.settings, known=callable(criterion) or criterion in CRITERIA)
+        layers = prunable(self.model, blocksize, filter_fn)
+        self.schedule = _schedule(layers, self.settings)
         self.dense, self._modes = layers.dense, {m: m.training for m in self.model.modules()}
         self.round, self.trained, self.records = 0, False, [{"round": 0, "density": 1.0}]
         self.masks, self.init = layers.masks(), snapshot(self.model)
@@ -175,9 +164,8 @@ class Search:
     def _resume(self, ticket: Ticket) -> None:
         for name, value in self.settings.items():
             was = ticket.settings.get(name)
-            _expect(
-                f"{self._path}: {name}", f"{was}, as the search there has it", value, value == was
-            )
+            expected = f"{was}, as the search there has it"
+            _expect(f"{self._path}: {name}", expected, value, value == was)
         expect_like("init", ticket.init, self.init)
         expect_like("masks", ticket.masks, self.masks)
         self.records = [*ticket.rounds]
@@ -222,6 +210,36 @@ class Search:
         if self._path and not _is_follower():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self.ticket().save(self._path)
+
+
+def _schedule(layers: Prunable, settings: dict) -> list[dict[str, float]]:
+    """The density of each layer after each round of pruning."""
+    density, rounds, rates = (settings[name] for name in ("density", "rounds", "rates"))
+    names = {*layers.weights, *layers.dense}
+    _expect("rates", f"layers of {sorted(names)}", rates, rates.keys() <= names)
+    rate = common_rate(layers.sizes(), density, rounds, rates)
+    schedule = [densities_after(layers.weights, rate, n, rates) for n in settings["levels"]]
+    if settings["scope"] == "layerwise" and schedule:
+        layers.expect_room(schedule[-1], settings["blocksize"])
+    return schedule
+
+
+def _expect_possible(
+    density, rounds, blocksize, criterion, scope, rewind, rates, levels, seed, known
+) -> None:
+    """Raises ValueError for settings that no model can have; known: whether the criterion is."""
+    _expect("density", "above 0 and below 1", density, 0 < density < 1)
+    _expect("rounds", "at least 1", rounds, rounds >= 1)
+    rising = levels == sorted({*levels}) and all(1 <= level <= rounds for level in levels)
+    _expect("levels", f"rising, from 1 to {rounds}", levels, rising)
+    two = len(blocksize) == 2 and min(blocksize) >= 1
+    _expect("blocksize", "two sizes of at least 1", blocksize, two)
+    _expect("criterion", f"one of {[*CRITERIA]} or a function", criterion, known)
+    _expect("scope", f"one of {SCOPES}", scope, scope in SCOPES)
+    _expect("rewind", f"one of {REWINDS}", rewind, rewind in REWINDS)
+    _expect("rates", "above 0, up to 1", rates, all(0 < rate <= 1 for rate in rates.values()))
+    _expect("rates", "none in global scope", rates, not rates or scope == "layerwise")
+    _expect("seed", "0 or more", seed, seed >= 0)
 
 
 def _expect(name: str, expected: str, got: object, holds: bool) -> None:

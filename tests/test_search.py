@@ -144,6 +144,7 @@ def test_every_rule_of_the_search(
         assert torch.equal(model.a.weight, model.b.weight)
         a, b = (getattr(m, "weight_orig", m.weight) for m in (model.a, model.b))
         assert a is b
+        assert prune.is_pruned(model.a) == prune.is_pruned(model.b)
         assert model.head.weight is model.embed.weight
 
 
@@ -173,6 +174,12 @@ def test_a_layer_that_died_stays_dead(scope):
     after = highest_masks(scores, masks, {"dead": 0.25, "alive": 0.5}, (2, 1), scope)
     assert not after["dead"].any()
     assert int(after["alive"].sum()) == 12  # what is asked for together
+
+
+def test_a_layer_keeps_a_block_that_is_alive():
+    scores = {"a": torch.tensor([[9.0, 8.0, 1.0, 2.0]])}
+    masks = {"a": torch.tensor([[False, False, True, True]])}
+    assert highest_masks(scores, masks, {"a": 0.01})["a"].tolist() == [[False] * 3 + [True]]
 
 
 def test_in_global_scope_a_layer_may_die():
