@@ -16,13 +16,16 @@ from .convert import Conversion, conversion, sparsify_
 from .kernels import backends
 from .layers import SparseLinear
 from .masks import block_l1_unstructured
+from .program import models as _models  # whose networks load_sparse can name
 from .saving import load_sparse, save_sparse
+from .search import Search, find_ticket
 from .sequential import SparseSequential
 from .ticket import Ticket, TicketError
 from .timing import benchmark
 
 __all__ = [
     "Conversion",
+    "Search",
     "SparseLinear",
     "SparseSequential",
     "Ticket",
@@ -31,6 +34,7 @@ __all__ = [
     "benchmark",
     "block_l1_unstructured",
     "conversion",
+    "find_ticket",
     "load_sparse",
     "save_sparse",
     "sparsify_",

@@ -58,7 +58,7 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
         (["--bs", "-1"], "bs: expected 1 to 1000000000, got -1"),
         (
             ["--prune_pc", "0.9", "--blocksize", "100x300"],
-            "prune_pc: expected to leave at least one of the 1 blocks of fc2, got 0.9",
+            "expected to leave at least one of the 1 blocks of fc2, got a density of 0.1 there",
         ),
         (["--lr", "nan"], "lr: expected a finite number above 0, got nan"),
         (["--seed", "-1"], "seed: expected 0 or more, got -1"),
@@ -119,6 +119,16 @@ def test_resume_takes_its_settings_from_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         _run("--resume", tmp_path, "--lr", "1")
     assert "--lr: expected 0.001, as the run to resume has it, got 1.0" in capsys.readouterr().err
+
+
+def test_resume_compares_the_settings_with_those_in_the_state(tmp_path, capsys):
+    assert _run(*QUICK, "--out_dir", tmp_path) == 0
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 1}))
+    capsys.readouterr()
+    assert _run("--resume", tmp_path) == 1
+    expected = "expected a search with seed 1, as config.json has it, got the state of one with 0"
+    assert expected in capsys.readouterr().err
 
 
 def test_a_state_that_is_cut_is_refused_by_name(tmp_path, capsys):

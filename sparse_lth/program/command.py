@@ -1,6 +1,7 @@
 """The command line: from flags to the settings of a run, and what the run does with them."""
 
 import argparse
+import json
 import os
 import sys
 from dataclasses import replace
@@ -10,9 +11,7 @@ import torch
 
 from ..files import FormatError
 from ..kernels import backends
-from ..lottery import State, search
 from ..saving import save_sparse
-from ..ticket import Ticket
 from .config import DATASETS, SCOPES, TRAIN_IMAGES, TRAIN_SPARSE, RunConfig, SettingError
 from .data import DataError, Dataset, load
 from .folder import (
@@ -24,7 +23,9 @@ from .folder import (
     resume_command,
     save_config,
 )
+from .lottery import Lottery, State
 from .models import MODELS
+from .tickets import make_ticket, sparse_network
 from .training import TrainingError
 
 
@@ -81,18 +82,20 @@ def carry_out(config: RunConfig, data: Dataset, folder: Path) -> None:
 
     console = Console()
     saved = folder / "state.safetensors"
-    start = State.load(saved) if saved.exists() else State.start(config)
+    lottery = Lottery(config, data)
+    start = State.load(saved) if saved.exists() else lottery.start()
+    expect_settings(config, start, saved)
     if start.history:
         say(f"going on after {describe_epoch(start.history[-1])}")
-    state = watch(search(config, data, start), config, start, folder, console)
+    state = watch(lottery.states(start), config, start, folder, console)
 
-    ticket = Ticket.from_state(config, state)
+    ticket = make_ticket(state)
     ticket.save(folder / "ticket.safetensors")
     if config.export_blocksize:
         if config.device == "cpu" and not backends()["native"].startswith("available"):
             say(f"sparse layers run on torch, more slowly: native kernels {backends()['native']}")
         path = folder / "sparse_model.safetensors"
-        save_sparse(ticket.sparse_network(config.export_blocksize), path, ticket.model)
+        save_sparse(sparse_network(ticket, config.export_blocksize), path, config.model)
         summary = compare(ticket, path, data.test)
     else:
         summary = summarise(ticket, config.device)
@@ -100,6 +103,17 @@ def carry_out(config: RunConfig, data: Dataset, folder: Path) -> None:
     write_page(folder / "report.html", ticket, summary)
     print_tables(console, ticket, summary)
     say(f"report: {folder / 'report.html'}")
+
+
+def expect_settings(config: RunConfig, state: State, path: Path) -> None:
+    """Raises FormatError where the state is of a search with other settings."""
+    settings, were = (json.loads(json.dumps(s)) for s in (config.search_settings(), state.settings))
+    for name, was in were.items():
+        if settings[name] != was:
+            raise FormatError(
+                f"{path}: expected a search with {name} {settings[name]}, as config.json has it, "
+                f"got the state of one with {was}"
+            )
 
 
 def say(line: str) -> None:

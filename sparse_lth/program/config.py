@@ -8,12 +8,13 @@ from types import NoneType, UnionType
 from typing import get_args, get_origin
 
 import torch
+from torch import nn
 
-from ..bsr import grid_shape
-from ..masks import layer_densities, weight_layers
-from .models import MODELS, build
+from ..masks import SCOPES
+from ..search import Search
+from ..weights import weight_layers
+from .models import MODELS
 
-SCOPES = ("layerwise", "global")
 TRAIN_SPARSE = ("auto", "on", "off")
 DEVICES = ("cpu", "cuda")
 TRAIN_IMAGES = {"mnist": 55_000, "digits": 1_350}  # of each data set
@@ -94,30 +95,25 @@ class RunConfig:
         self._check_blocks()
 
     def _check_blocks(self) -> None:
-        """Blocks fit the layers, and pruning leaves some and removes some."""
-        shapes = {n: m.weight.flatten(1).shape for n, m in weight_layers(build(self.model)).items()}
+        """Blocks fit a layer, and pruning leaves some and removes some."""
+        model = MODELS[self.model].fresh()
         try:
-            densities = self.layer_densities(self.rounds)
+            masks = self.search(model).masks
         except ValueError as error:
-            raise SettingError(str(error)) from error
-        blocks = {name: math.prod(grid_shape(shapes[name], self.blocksize)) for name in densities}
-        kept = {name: densities[name] * count for name, count in blocks.items()}
-        if self.scope == "global":
-            blocks = {"all layers": sum(blocks.values())}
-            kept = {"all layers": sum(kept.values())}
-        for name, count in blocks.items():
-            expected = f"to leave at least one of the {count} blocks of {name}"
-            self._expect("prune_pc", expected, round(kept[name]) >= 1)
-        pruned = sum(count - round(kept[name]) for name, count in blocks.items())
-        expected = f"to prune at least one of the {sum(blocks.values())} blocks"
-        self._expect("prune_pc", expected, pruned >= 1)
+            raise SettingError(f"prune_pc and blocksize: {error}") from error
+        blocks = sum(mask.numel() for mask in masks.values()) / math.prod(self.blocksize)
+        pruned = self.prune_pc * blocks
+        self._expect("prune_pc", f"to prune at least one of {blocks:.0f} blocks", pruned >= 0.5)
+        left = f"to leave at least one of {blocks:.0f} blocks"
+        self._expect("prune_pc", left, blocks - pruned >= 0.5)
         if self.export_blocksize:
             rows, cols = self.export_blocksize
+            shapes = [m.weight.flatten(1).shape for m in weight_layers(model).values()]
             smaller = any(
                 rows <= shape[0] and cols <= shape[1] and rows * cols < shape.numel()
-                for shape in shapes.values()
+                for shape in shapes
             )
-            largest = "x".join(map(str, max(shapes.values(), key=math.prod)))
+            largest = "x".join(map(str, max(shapes, key=math.prod)))
             expected = f"blocks smaller than a layer, the largest of which is {largest}"
             self._expect("export_blocksize", expected, smaller)
 
@@ -143,10 +139,26 @@ class RunConfig:
         """The fraction of the weights still alive that one round prunes."""
         return 1 - (1 - self.prune_pc) ** (1 / self.prune_rounds)
 
-    def layer_densities(self, round: int) -> dict[str, float]:
-        """Density of each layer that is pruned, after `round` rounds (masks.layer_densities)."""
-        round = round * self.prune_rounds if self.one_shot else round
-        return layer_densities(build(self.model), self.rate, round, self.blocksize, self.scope)
+    def search(
+        self, model: nn.Module, levels: tuple[int, ...] | None = None, rewind: str = "init"
+    ) -> Search:
+        """The library's search of this model of the registry, before its first round.
+
+        Layerwise, the output layer is pruned at half the rate, as in the paper.
+        """
+        if self.one_shot:
+            levels = (self.prune_rounds,)
+        half = {MODELS[self.model].output: 0.5}
+        return Search(
+            model,
+            1 - self.prune_pc,
+            self.prune_rounds,
+            self.blocksize,
+            scope=self.scope,
+            rates=half if self.scope == "layerwise" else {},
+            levels=levels,
+            rewind=rewind,
+        )
 
     def search_settings(self) -> dict:
         """What a ticket says of its run, as JSON holds it: everything but where the data lay."""

@@ -11,8 +11,8 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import write
-from ..lottery import State
 from .config import RunConfig
+from .lottery import State
 
 
 class Console(rich.console.Console):
