@@ -76,7 +76,7 @@ def test_export_is_exact_and_loads_to_the_same_bits(tiny, tmp_path, model, block
                 assert converted.density == pytest.approx(float(kept))
         else:
             assert torch.equal(converted.weight, layer.weight)
-    save_sparse(sparse, tmp_path / "m", ticket.model)
+    save_sparse(sparse, tmp_path / "m", ticket.settings["model"])
     loaded, images = load_sparse(tmp_path / "m"), tiny.test.images
     with torch.inference_mode():
         assert torch.equal(loaded(images), sparse(images))
