@@ -1,5 +1,6 @@
-/* The module sparse_lth.kernels._native: picks an instruction set, and runs layers on tiles of the
-   batch. Its callers have checked everything; here an address is an int. */
+/* The module sparse_lth.kernels._native: picks an instruction set, and reads the ints it is called
+   with, of which some are addresses. They are checked against each other. What is at an address
+   is trusted, indices above all: check_indices is for those. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -67,237 +68,7 @@ static void find_usable(void)
     usable[n_usable++] = &kernels_baseline;
 }
 
-/* Room for at least `floats`, or NULL; aligned_alloc takes whole multiples of the alignment. */
-static float *allocate(int64_t floats)
-{
-    return aligned_alloc(64, (floats / 16 + 1) * 64);
-}
-
-static int64_t lanes_for(const Kernels *k, int64_t rows)
-{
-    const int64_t L = k->lanes;
-    return rows <= L ? L : rows <= 2 * L ? 2 * L : 4 * L;
-}
-
-/* A thread is worth starting for this many multiply-adds, 5 to 10 us. */
-enum { WORTH_A_THREAD = 1 << 18 };
-
-/* Batch rows that pass through tall layers together: four register tiles of the largest. */
-enum { TALL_TILE = 56 };
-
-typedef struct {
-    const Kernels *kernels;
-    const Layer *layers;
-    int n, threads; /* layers; threads for one layer of one tile */
-    const float *x;
-    float *y;
-    int64_t ldx, batch, tile, part; /* rows of a tile; floats of one scratch buffer */
-    float *scratch;                 /* (workers, 2, part) */
-} Forward;
-
-static int is_tall(const Layer *l) { return l->R % 8 == 0; }
-
-/* One layer on one tile, cut into ranges of outputs. */
-typedef struct {
-    const Kernels *kernels;
-    const Layer *layer;
-    const float *x;
-    float *y;
-    int64_t ldx, ldy, rows, lanes, range;
-} Step;
-
-static void step_range(void *arg, int64_t i, int worker)
-{
-    const Step *s = arg;
-    const Layer *l = s->layer;
-    const int64_t all = is_tall(l) ? block_rows(l) : l->out;
-    const int64_t begin = i * s->range, end = min64(all, begin + s->range);
-    (void)worker;
-    if (is_tall(l))
-        (l->R % 16 ? s->kernels->tall8 : s->kernels->tall16)(l, begin, end, s->x, s->ldx, s->y,
-                                                             s->ldy, s->rows);
-    else if (s->rows == 1)
-        s->kernels->single(l, begin, end, s->x, s->y);
-    else
-        s->kernels->wide(l, begin, end, s->x, s->y, s->lanes);
-}
-
-/* Brings x (rows, in) into cache. Tall blocks read it in no order, in which memory is slow; a load
-   of each line in order is fast, and faster than prefetches. */
-static void touch(const float *x, int64_t ldx, int64_t rows, int64_t in)
-{
-    for (int64_t m = 0; m < rows; m++)
-        for (int64_t k = 0; k < in; k += 16)
-            (void)*(const volatile float *)(x + m * ldx + k);
-}
-
-/* Rows i * tile .. of the batch through all layers. Activations stay in the two scratch buffers, as
-   rows or transposed as the next layer wants them. */
-static void forward_tile(void *arg, int64_t i, int worker)
-{
-    const Forward *f = arg;
-    const Kernels *k = f->kernels;
-    const int64_t begin = i * f->tile, rows = min64(f->tile, f->batch - begin);
-    const int64_t lanes = lanes_for(k, rows);
-    float *buffer = f->scratch + 2 * f->part * worker, *other = buffer + f->part;
-    float *y = f->y + begin * f->layers[f->n - 1].out;
-    const float *x = f->x + begin * f->ldx;
-    int64_t ldx = f->ldx;
-    int transposed = 0;
-    for (int j = 0; j < f->n; j++) {
-        const Layer *l = &f->layers[j];
-        const int wide = !is_tall(l) && rows > 1, last = j == f->n - 1;
-        if (wide != transposed) {
-            if (wide)
-                k->transpose(x, ldx, rows, l->in, buffer, lanes, lanes);
-            else
-                k->transpose(x, lanes, l->in, rows, buffer, l->in, l->in);
-            x = buffer, ldx = l->in, buffer = other, other = (float *)x;
-            transposed = wide;
-        }
-        const int64_t all = is_tall(l) ? block_rows(l) : l->out;
-        Step step = {.kernels = k, .layer = l, .x = x, .ldx = ldx, .ldy = l->out, .rows = rows,
-                     .lanes = lanes, .range = ceil_div(all, f->threads > 1 ? 4 * f->threads : 1)};
-        step.y = last && !wide ? y : buffer;
-        if (j == 0 && is_tall(l))
-            touch(x, ldx, rows, l->in);
-        parallel_for(f->threads, ceil_div(all, step.range), step_range, &step);
-        x = step.y, ldx = l->out, buffer = other, other = (float *)x;
-    }
-    if (transposed)
-        k->transpose(x, lanes, ldx, rows, y, ldx, ldx);
-}
-
-/* 0, or -1 if there is no memory for the scratch. */
-static int forward(const Kernels *k, const Layer *layers, int n, const float *x, int64_t ldx,
-                   float *y, int64_t batch, int threads)
-{
-    int64_t work = 0, widest = layers[0].in;
-    int any_wide = 0;
-    for (int j = 0; j < n; j++) {
-        work += batch * kept_weights(&layers[j]);
-        widest = max64(widest, layers[j].out);
-        any_wide |= !is_tall(&layers[j]);
-    }
-    const int64_t tile = any_wide ? lanes_for(k, batch) : min64(TALL_TILE, batch);
-    const int64_t tiles = ceil_div(batch, tile);
-    threads = (int)max64(1, min64(threads, work / WORTH_A_THREAD));
-    const int across = tiles >= threads ? threads : 1; /* threads over tiles, or over outputs */
-    Forward f = {k, layers, n, threads / across, x, y, ldx, batch, tile, 0, NULL};
-    f.part = ceil_div(widest * tile, 16) * 16;
-    f.scratch = allocate(across * 2 * f.part);
-    if (!f.scratch)
-        return -1;
-    parallel_for(across, tiles, forward_tile, &f);
-    free(f.scratch);
-    return 0;
-}
-
-/* grad (batch, out), values (nnz, C, R) -> dx (batch, in): the forward pass of the transposed
-   weight, whose blocks are copied in its order. slots, ccol, rows: of Pattern. */
-typedef struct {
-    const Kernels *kernels;
-    const float *values;
-    const int32_t *slots;
-    float *packed;
-    int64_t R, C, nnz, range;
-} Pack;
-
-static void pack_range(void *arg, int64_t i, int worker)
-{
-    const Pack *p = arg;
-    const int64_t size = p->R * p->C;
-    (void)worker;
-    for (int64_t t = i * p->range; t < min64(p->nnz, (i + 1) * p->range); t++) {
-        const float *block = p->values + p->slots[t] * size;
-        if (size == 1)
-            p->packed[t] = *block;
-        else
-            p->kernels->transpose(block, p->R, p->C, p->R, p->packed + t * size, p->C, p->C);
-    }
-}
-
-static int grad_input(const Kernels *k, const Layer *transposed, const int32_t *slots,
-                      const float *grad, int64_t ldg, float *dx, int64_t batch, int threads)
-{
-    Layer l = *transposed;
-    const int64_t nnz = l.crow[block_rows(&l)], size = l.R * l.C;
-    float *packed = allocate(nnz * size);
-    if (!packed)
-        return -1;
-    Pack pack = {k, l.values, slots, packed, l.C, l.R, nnz, ceil_div(1 << 14, size)};
-    parallel_for(nnz * size < WORTH_A_THREAD ? 1 : threads, ceil_div(nnz, pack.range), pack_range,
-                 &pack);
-    l.values = packed;
-    const int failed = forward(k, &l, 1, grad, ldg, dx, batch, threads);
-    free(packed);
-    return failed;
-}
-
-/* The weight gradient. Wide blocks: a panel of the batch is transposed, then its dot products
-   taken, and the panels are added up in order. */
-typedef struct {
-    const Kernels *kernels;
-    Gradient g;
-    float *grad, *x; /* the panel, transposed */
-    int64_t begin, rows, lanes, range;
-} Sddmm;
-
-static void sddmm_transpose(void *arg, int64_t i, int worker)
-{
-    const Sddmm *s = arg;
-    const Gradient *g = &s->g;
-    const int64_t begin = i * s->range, grads = min64(g->out, begin + s->range) - begin,
-                  inputs = min64(g->in, begin + s->range) - begin;
-    (void)worker;
-    if (grads > 0)
-        s->kernels->transpose(g->grad + s->begin * g->ldg + begin, g->ldg, s->rows, grads,
-                              s->grad + begin * s->lanes, s->lanes, s->lanes);
-    if (inputs > 0)
-        s->kernels->transpose(g->x + s->begin * g->ldx + begin, g->ldx, s->rows, inputs,
-                              s->x + begin * s->lanes, s->lanes, s->lanes);
-}
-
-static void sddmm_range(void *arg, int64_t i, int worker)
-{
-    const Sddmm *s = arg;
-    const Gradient *g = &s->g;
-    const int64_t begin = i * s->range, end = begin + s->range;
-    (void)worker;
-    if (g->R % 8)
-        s->kernels->sddmm_wide(g, begin, min64(g->out, end), s->grad, s->x, s->lanes,
-                               s->begin == 0);
-    else
-        (g->R % 16 ? s->kernels->sddmm_tall8 : s->kernels->sddmm_tall16)(
-            g, begin, min64(ceil_div(g->out, g->R), end));
-}
-
-static int sddmm(const Kernels *k, const Gradient *g, int threads)
-{
-    Sddmm s = {.kernels = k, .g = *g};
-    const int64_t rows = ceil_div(g->out, g->R), work = g->crow[rows] * g->R * g->C * g->batch;
-    threads = (int)max64(1, min64(threads, work / WORTH_A_THREAD));
-    if (g->R % 8 == 0) {
-        s.range = 1;
-        parallel_for(threads, rows, sddmm_range, &s);
-        return 0;
-    }
-    s.lanes = k->lanes;
-    while (s.lanes < 8 * k->lanes && s.lanes < g->batch)
-        s.lanes *= 2;
-    s.grad = allocate((g->out + g->in) * s.lanes);
-    if (!s.grad)
-        return -1;
-    s.x = s.grad + g->out * s.lanes;
-    s.range = 64; /* features that one transposes, outputs that one takes */
-    for (; s.begin == 0 || s.begin < g->batch; s.begin += s.lanes) {
-        s.rows = min64(s.lanes, g->batch - s.begin);
-        parallel_for(threads, ceil_div(max64(g->in, g->out), s.range), sddmm_transpose, &s);
-        parallel_for(threads, ceil_div(g->out, s.range), sddmm_range, &s);
-    }
-    free(s.grad);
-    return 0;
-}
+#include "batch.c"
 
 /* Reads exactly n ints; 0, or -1 with an exception set. */
 static int ints(PyObject *const *args, Py_ssize_t nargs, Py_ssize_t n, long long *to)
@@ -311,80 +82,172 @@ static int ints(PyObject *const *args, Py_ssize_t nargs, Py_ssize_t n, long long
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* The checks: 0, or -1 with a ValueError set. */
+
+static int check_at_least(long long least, const char *name, long long value)
+{
+    if (value >= least)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "expected %s of at least %lld, got %lld", name, least, value);
+    return -1;
+}
+
+static int check_given(const char *name, const void *address)
+{
+    if (address)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "expected the address of %s, got null", name);
+    return -1;
+}
+
+static int check_call(long long instruction_set, long long threads, long long batch)
+{
+    if (instruction_set < 0 || instruction_set >= n_usable) {
+        PyErr_Format(PyExc_ValueError, "expected instruction_set from 0 to %d, got %lld",
+                     n_usable - 1, instruction_set);
+        return -1;
+    }
+    return check_at_least(1, "threads", threads) || check_at_least(0, "batch", batch) ? -1 : 0;
+}
+
+/* x: (batch, features), `stride` floats from row to row, which may overlap; or no row at all */
+static int check_rows(const char *name, const float *x, long long stride, long long batch)
+{
+    if (batch == 0)
+        return 0;
+    return check_given(name, x) || check_at_least(0, "stride", stride) ? -1 : 0;
+}
+
+/* A block-sparse (out, in) weight; where no block is kept, values and col may be null. */
+static int check_weight(const float *values, const int32_t *crow, const int32_t *col, int64_t R,
+                        int64_t C, int64_t in, int64_t out)
+{
+    if (check_at_least(1, "R", R) || check_at_least(1, "C", C) ||
+        check_at_least(1, "in_features", in) || check_at_least(1, "out_features", out) ||
+        check_given("crow_indices", crow))
+        return -1;
+    if (crow[ceil_div(out, R)] == 0)
+        return 0;
+    return check_given("values", values) || check_given("col_indices", col) ? -1 : 0;
+}
+
+/* None, or NULL with a MemoryError set */
+static PyObject *none_or_no_memory(int failed)
+{
+    if (failed)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
 enum { MAX_LAYERS = 64 };
 
-/* forward(isa, threads, x, ldx, y, batch, *layers): a layer is nine ints, in the order of Layer. */
+/* forward(instruction_set, threads, x, ldx, y, batch, *layers)
+   a layer: values, bias, crow, col, R, C, in, out, relu; y (batch, out of the last) is written */
 static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    enum { HEAD = 6, PER_LAYER = 9 };
+    enum { INSTRUCTION_SET, THREADS, X, LDX, Y, BATCH, HEAD };
+    enum { VALUES, BIAS, CROW, COL, R, C, IN, OUT, RELU, PER_LAYER };
     long long a[HEAD + PER_LAYER * MAX_LAYERS];
     Layer layers[MAX_LAYERS];
     const Py_ssize_t n = (nargs - HEAD) / PER_LAYER;
     (void)self;
     if (n < 1 || n > MAX_LAYERS || nargs != HEAD + n * PER_LAYER) {
-        PyErr_Format(PyExc_TypeError, "expected 6 ints and 9 for each of 1 to %d layers, got %zd",
-                     MAX_LAYERS, nargs);
+        PyErr_Format(PyExc_TypeError, "expected %d ints and %d for each of 1 to %d layers, got %zd",
+                     HEAD, PER_LAYER, MAX_LAYERS, nargs);
         return NULL;
     }
     if (ints(args, nargs, nargs, a))
         return NULL;
     for (Py_ssize_t j = 0; j < n; j++) {
         const long long *l = a + HEAD + j * PER_LAYER;
-        layers[j] = (Layer){(float *)l[0], (float *)l[1], (int32_t *)l[2], (int32_t *)l[3],
-                            l[4],          l[5],            l[6],            l[7],
-                            (int)l[8]};
+        layers[j] = (Layer){.values = (float *)l[VALUES], .bias = (float *)l[BIAS],
+                            .crow = (int32_t *)l[CROW], .col = (int32_t *)l[COL], .R = l[R],
+                            .C = l[C], .in = l[IN], .out = l[OUT], .relu = l[RELU] != 0};
+        if (check_weight(layers[j].values, layers[j].crow, layers[j].col, l[R], l[C], l[IN],
+                         l[OUT]))
+            return NULL;
+        if (j && layers[j].in != layers[j - 1].out) {
+            PyErr_Format(PyExc_ValueError, "expected in_features %lld for layer %zd, got %lld",
+                         (long long)layers[j - 1].out, j, l[IN]);
+            return NULL;
+        }
     }
+    const float *x = (float *)a[X];
+    float *y = (float *)a[Y];
+    if (check_call(a[INSTRUCTION_SET], a[THREADS], a[BATCH]) ||
+        check_rows("x", x, a[LDX], a[BATCH]) || check_rows("y", y, layers[n - 1].out, a[BATCH]))
+        return NULL;
     int failed;
     Py_BEGIN_ALLOW_THREADS;
-    failed = forward(usable[a[0]], layers, (int)n, (float *)a[2], a[3], (float *)a[4], a[5],
-                     (int)a[1]);
+    failed = forward(usable[a[INSTRUCTION_SET]], layers, (int)n, x, a[LDX], y, a[BATCH],
+                     (int)min64(a[THREADS], MAX_THREADS));
     Py_END_ALLOW_THREADS;
-    if (failed)
-        return PyErr_NoMemory();
-    Py_RETURN_NONE;
+    return none_or_no_memory(failed);
 }
 
-/* grad_input(isa, threads, grad, ldg, dx, batch, slots, values, ccol, rows, C, R, out, in) */
+/* grad_input(instruction_set, threads, grad, ldg, dx, batch, slots, values, ccol, rows, C, R, out,
+   in); dx (batch, in) is written */
 static PyObject *py_grad_input(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    long long a[14];
-    int failed;
+    enum { INSTRUCTION_SET, THREADS, GRAD, LDG, DX, BATCH, SLOTS, VALUES, CCOL, ROWS, C, R, OUT,
+           IN, ARGUMENTS };
+    long long a[ARGUMENTS];
     (void)self;
-    if (ints(args, nargs, 14, a))
+    if (ints(args, nargs, ARGUMENTS, a))
         return NULL;
-    const Layer transposed = {(float *)a[7], NULL,  (int32_t *)a[8], (int32_t *)a[9],
-                              a[10],         a[11], a[12],           a[13],           0};
+    const float *grad = (float *)a[GRAD];
+    float *dx = (float *)a[DX];
+    const int32_t *slots = (int32_t *)a[SLOTS];
+    const Layer transposed = {.values = (float *)a[VALUES], .crow = (int32_t *)a[CCOL],
+                              .col = (int32_t *)a[ROWS], .R = a[C], .C = a[R], .in = a[OUT],
+                              .out = a[IN]};
+    if (check_call(a[INSTRUCTION_SET], a[THREADS], a[BATCH]) ||
+        check_rows("grad", grad, a[LDG], a[BATCH]) || check_rows("dx", dx, a[IN], a[BATCH]) ||
+        check_weight(transposed.values, transposed.crow, transposed.col, a[C], a[R], a[OUT],
+                     a[IN]) ||
+        (kept_weights(&transposed) && check_given("slots", slots)))
+        return NULL;
+    int failed;
     Py_BEGIN_ALLOW_THREADS;
-    failed = grad_input(usable[a[0]], &transposed, (int32_t *)a[6], (float *)a[2], a[3],
-                        (float *)a[4], a[5], (int)a[1]);
+    failed = grad_input(usable[a[INSTRUCTION_SET]], &transposed, slots, grad, a[LDG], dx, a[BATCH],
+                        (int)min64(a[THREADS], MAX_THREADS));
     Py_END_ALLOW_THREADS;
-    if (failed)
-        return PyErr_NoMemory();
-    Py_RETURN_NONE;
+    return none_or_no_memory(failed);
 }
 
-/* sddmm(isa, threads, grad, x, values, crow, col, ldg, ldx, batch, R, C, in, out) */
+/* sddmm(instruction_set, threads, grad, x, values, crow, col, ldg, ldx, batch, R, C, in, out);
+   values (nnz, C, R) is written but for what is padding, which must be 0 before */
 static PyObject *py_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    long long a[14];
-    int failed;
+    enum { INSTRUCTION_SET, THREADS, GRAD, X, VALUES, CROW, COL, LDG, LDX, BATCH, R, C, IN, OUT,
+           ARGUMENTS };
+    long long a[ARGUMENTS];
     (void)self;
-    if (ints(args, nargs, 14, a))
+    if (ints(args, nargs, ARGUMENTS, a))
         return NULL;
-    const Gradient g = {(float *)a[2], (float *)a[3], (float *)a[4], (int32_t *)a[5],
-                        (int32_t *)a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]};
+    const Gradient g = {.grad = (float *)a[GRAD], .x = (float *)a[X], .values = (float *)a[VALUES],
+                        .crow = (int32_t *)a[CROW], .col = (int32_t *)a[COL], .ldg = a[LDG],
+                        .ldx = a[LDX], .batch = a[BATCH], .R = a[R], .C = a[C], .in = a[IN],
+                        .out = a[OUT]};
+    if (check_call(a[INSTRUCTION_SET], a[THREADS], a[BATCH]) ||
+        check_rows("grad", g.grad, a[LDG], a[BATCH]) || check_rows("x", g.x, a[LDX], a[BATCH]) ||
+        check_weight(g.values, g.crow, g.col, a[R], a[C], a[IN], a[OUT]))
+        return NULL;
+    int failed;
     Py_BEGIN_ALLOW_THREADS;
-    failed = sddmm(usable[a[0]], &g, (int)a[1]);
+    failed = sddmm(usable[a[INSTRUCTION_SET]], &g, (int)min64(a[THREADS], MAX_THREADS));
     Py_END_ALLOW_THREADS;
-    if (failed)
-        return PyErr_NoMemory();
-    Py_RETURN_NONE;
+    return none_or_no_memory(failed);
 }
+
+#include "indices.c"
 
 static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))py_forward, METH_FASTCALL, NULL},
     {"grad_input", (PyCFunction)(void (*)(void))py_grad_input, METH_FASTCALL, NULL},
     {"sddmm", (PyCFunction)(void (*)(void))py_sddmm, METH_FASTCALL, NULL},
+    {"check_indices", (PyCFunction)(void (*)(void))py_check_indices, METH_FASTCALL, NULL},
+    {"transpose_indices", (PyCFunction)(void (*)(void))py_transpose_indices, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

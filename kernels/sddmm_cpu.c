@@ -34,7 +34,7 @@ INLINE void NAME(sddmm_tall)(const int width, const Gradient *s, int64_t i)
     const int64_t R = s->R, C = s->C;
     float edge[PANEL * 16];
     for (int64_t r0 = 0; r0 < R; r0 += width)
-        for (int64_t m = 0; m < max64(s->batch, 1); m += PANEL) {
+        for (int64_t m = 0; m < s->batch; m += PANEL) {
             const int64_t rows = min64(PANEL, s->batch - m);
             const int64_t left = max64(0, min64(width, s->out - i * R - r0));
             const float *grad = s->grad + m * s->ldg + i * R + r0;
