@@ -82,7 +82,7 @@ static int ints(PyObject *const *args, Py_ssize_t nargs, Py_ssize_t n, long long
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* The checks: 0, or -1 with a ValueError set. */
+/* The checks: each returns 0, or another number with a ValueError set. */
 
 static int check_at_least(long long least, const char *name, long long value)
 {
@@ -107,7 +107,7 @@ static int check_call(long long instruction_set, long long threads, long long ba
                      n_usable - 1, instruction_set);
         return -1;
     }
-    return check_at_least(1, "threads", threads) || check_at_least(0, "batch", batch) ? -1 : 0;
+    return check_at_least(1, "threads", threads) || check_at_least(0, "batch", batch);
 }
 
 /* x: (batch, features), `stride` floats from row to row, which may overlap; or no row at all */
@@ -115,20 +115,24 @@ static int check_rows(const char *name, const float *x, long long stride, long l
 {
     if (batch == 0)
         return 0;
-    return check_given(name, x) || check_at_least(0, "stride", stride) ? -1 : 0;
+    return check_given(name, x) || check_at_least(0, "stride", stride);
 }
 
-/* A block-sparse (out, in) weight; where no block is kept, values and col may be null. */
-static int check_weight(const float *values, const int32_t *crow, const int32_t *col, int64_t R,
-                        int64_t C, int64_t in, int64_t out)
+static int check_sizes(int64_t R, int64_t C, int64_t in, int64_t out)
 {
-    if (check_at_least(1, "R", R) || check_at_least(1, "C", C) ||
-        check_at_least(1, "in_features", in) || check_at_least(1, "out_features", out) ||
-        check_given("crow_indices", crow))
+    return check_at_least(1, "R", R) || check_at_least(1, "C", C) ||
+           check_at_least(1, "in_features", in) || check_at_least(1, "out_features", out);
+}
+
+/* The blocks of a weight or its transpose; where none is kept, only `compressed` is not null. */
+static int check_blocks(const float *values, const int32_t *compressed, int64_t length,
+                        const int32_t *plain)
+{
+    if (check_given("compressed_indices", compressed))
         return -1;
-    if (crow[ceil_div(out, R)] == 0)
+    if (compressed[length - 1] == 0)
         return 0;
-    return check_given("values", values) || check_given("col_indices", col) ? -1 : 0;
+    return check_given("values", values) || check_given("plain_indices", plain);
 }
 
 /* None, or NULL with a MemoryError set */
@@ -163,8 +167,9 @@ static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t na
         layers[j] = (Layer){.values = (float *)l[VALUES], .bias = (float *)l[BIAS],
                             .crow = (int32_t *)l[CROW], .col = (int32_t *)l[COL], .R = l[R],
                             .C = l[C], .in = l[IN], .out = l[OUT], .relu = l[RELU] != 0};
-        if (check_weight(layers[j].values, layers[j].crow, layers[j].col, l[R], l[C], l[IN],
-                         l[OUT]))
+        if (check_sizes(l[R], l[C], l[IN], l[OUT]) ||
+            check_blocks(layers[j].values, layers[j].crow, block_rows(&layers[j]) + 1,
+                         layers[j].col))
             return NULL;
         if (j && layers[j].in != layers[j - 1].out) {
             PyErr_Format(PyExc_ValueError, "expected in_features %lld for layer %zd, got %lld",
@@ -203,8 +208,9 @@ static PyObject *py_grad_input(PyObject *self, PyObject *const *args, Py_ssize_t
                               .out = a[IN]};
     if (check_call(a[INSTRUCTION_SET], a[THREADS], a[BATCH]) ||
         check_rows("grad", grad, a[LDG], a[BATCH]) || check_rows("dx", dx, a[IN], a[BATCH]) ||
-        check_weight(transposed.values, transposed.crow, transposed.col, a[C], a[R], a[OUT],
-                     a[IN]) ||
+        check_sizes(a[R], a[C], a[IN], a[OUT]) ||
+        check_blocks(transposed.values, transposed.crow, block_rows(&transposed) + 1,
+                     transposed.col) ||
         (kept_weights(&transposed) && check_given("slots", slots)))
         return NULL;
     int failed;
@@ -231,7 +237,8 @@ static PyObject *py_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t narg
                         .out = a[OUT]};
     if (check_call(a[INSTRUCTION_SET], a[THREADS], a[BATCH]) ||
         check_rows("grad", g.grad, a[LDG], a[BATCH]) || check_rows("x", g.x, a[LDX], a[BATCH]) ||
-        check_weight(g.values, g.crow, g.col, a[R], a[C], a[IN], a[OUT]))
+        check_sizes(a[R], a[C], a[IN], a[OUT]) ||
+        check_blocks(g.values, g.crow, ceil_div(g.out, g.R) + 1, g.col))
         return NULL;
     int failed;
     Py_BEGIN_ALLOW_THREADS;

@@ -29,3 +29,25 @@ def mnist_dir():
     if not (root / "MNIST" / "raw").is_dir():
         pytest.skip(f"no MNIST in {root}: set SPARSE_LTH_DATA to torchvision's root")
     return root
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+def _skipped_for_a_gpu(report):
+    return report.skipped and "gpu" in report.keywords and not torch.cuda.is_available()
+
+
+def pytest_report_teststatus(report):
+    """Counts them as skipped, without a letter for each."""
+    return ("skipped", "", "SKIPPED") if _skipped_for_a_gpu(report) else None
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = sum(map(_skipped_for_a_gpu, terminalreporter.stats.get("skipped", [])))
+    if skipped:
+        terminalreporter.line(
+            f"tests skipped because they need a GPU: {skipped}; where there is one, pytest -m gpu"
+        )

@@ -8,10 +8,7 @@ from sparse_lth import SparseLinear, kernels
 from sparse_lth.kernels import linear_torch, sddmm_torch, tiles
 from tests.bounds import assert_close
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SIZES = [(10, 7), (300, 784), (512, 1024), (1000, 300)]  # out_features, in_features
 BLOCKSIZES = [(16, 16), (64, 64), (128, 16), (128, 1), (1, 1), (48, 5)]

@@ -1,0 +1,144 @@
+"""Calls the entry points of a native module on buffers of exactly the size that each may touch.
+
+`python -I -S native_calls.py <module>` needs only the standard library, so that a sanitizer that
+test_native_build.py runs it under watches our code and nobody else's.
+"""
+
+import ctypes
+import importlib.util
+import random
+import sys
+from array import array
+from itertools import product
+
+BLOCKSIZES = [(1, 1), (16, 16), (16, 3), (32, 20), (8, 8), (24, 1), (4, 4), (1, 9), (3, 5)]
+SHAPES = [(1, 1), (13, 30), (65, 39)]  # out_features, in_features
+BATCHES = [0, 1, 2, 15, 67, 130]
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+
+class Memory:
+    """Arrays, each in an allocation of its own until the end of the `with`."""
+
+    def __enter__(self):
+        self._addresses = []
+        return self
+
+    def __exit__(self, *_):
+        for address in self._addresses:
+            libc.free(address)
+
+    def put(self, typecode, items):
+        """The address of a copy of the items; 0 for none, as torch has it."""
+        data = array(typecode, items).tobytes()
+        if not data:
+            return 0
+        self._addresses.append(libc.malloc(len(data)))
+        ctypes.memmove(self._addresses[-1], data, len(data))
+        return self._addresses[-1]
+
+    def ones(self, n):
+        return self.put("f", [1.0] * n)
+
+    def unwritten(self, n):
+        return self.put("f", [float("nan")] * n)
+
+    def rows(self, batch, features, stride):
+        return self.ones((batch - 1) * stride + features if batch else 0)
+
+
+class Weight:
+    """A random block-sparse (out_features, in_features) weight of ones, and its transpose."""
+
+    def __init__(self, native, memory, shape, blocksize, density):
+        (self.out, self.inputs), (self.R, self.C) = shape, blocksize
+        rows, cols = -(-self.out // self.R), -(-self.inputs // self.C)
+        kept = [[c for c in range(cols) if random.random() < density] for _ in range(rows)]
+        col = [c for row in kept for c in row]
+        crow = [sum(map(len, kept[:i])) for i in range(rows + 1)]
+        self.nnz = len(col)
+        self.crow, self.col = memory.put("i", crow), memory.put("i", col)
+        self.ccol, self.rows, self.slots = (
+            memory.put("i", [-1] * n) for n in (cols + 1, self.nnz, self.nnz)
+        )
+        self.values, self.bias = memory.ones(self.nnz * self.R * self.C), memory.ones(self.out)
+        native.check_indices(self.crow, rows + 1, self.col, self.nnz, cols)
+        pattern = self.crow, rows, self.col, self.nnz, cols
+        native.transpose_indices(*pattern, self.ccol, self.rows, self.slots)
+
+    def as_layer(self, relu):
+        pointers = self.values, self.bias, self.crow, self.col
+        return *pointers, self.R, self.C, self.inputs, self.out, relu
+
+
+def dense(memory, out, inputs):
+    """A dense layer, as a chain holds it: a block for each output."""
+    crow, col = memory.put("i", range(out + 1)), memory.put("i", [0] * out)
+    return memory.ones(out * inputs), 0, crow, col, 1, inputs, inputs, out, False
+
+
+def check_written(address, n):
+    if any(value != value for value in array("f", ctypes.string_at(address, 4 * n))):
+        sys.exit("an output was not written")
+
+
+def forward(native, memory, call, batch, padding, layers):
+    inputs, out = layers[0][6], layers[-1][7]
+    x, y = memory.rows(batch, inputs, inputs + padding), memory.unwritten(batch * out)
+    native.forward(*call, x, inputs + padding, y, batch, *(n for layer in layers for n in layer))
+    check_written(y, batch * out)
+
+
+def gradients(native, memory, call, batch, padding, w):
+    ldg, ldx, size = w.out + padding, w.inputs + padding, w.nnz * w.R * w.C
+    grad, x = memory.rows(batch, w.out, ldg), memory.rows(batch, w.inputs, ldx)
+    dx, dvalues = memory.unwritten(batch * w.inputs), memory.put("f", [0.0] * size)
+    indices = w.slots, w.values, w.ccol, w.rows
+    native.grad_input(*call, grad, ldg, dx, batch, *indices, w.C, w.R, w.out, w.inputs)
+    check_written(dx, batch * w.inputs)
+    sizes = ldg, ldx, batch, w.R, w.C, w.inputs, w.out
+    native.sddmm(*call, grad, x, dvalues, w.crow, w.col, *sizes)
+
+
+def one_layer(native, call, shape, blocksize, density, batches):
+    for batch, padding in product(batches, (0, 3)):
+        with Memory() as memory:
+            weight = Weight(native, memory, shape, blocksize, density)
+            forward(native, memory, call, batch, padding, [weight.as_layer(relu=True)])
+            gradients(native, memory, call, batch, padding, weight)
+
+
+def chain(native, call, batch):
+    """Tall, wide, dense and tall again, of sizes that blocks do not divide."""
+    with Memory() as memory:
+        shapes = {(16, 16): (300, 290), (1, 1): (210, 300), (8, 3): (33, 100)}
+        tall, wide, last = (
+            Weight(native, memory, shape, blocksize, 0.3).as_layer(relu=True)
+            for blocksize, shape in shapes.items()
+        )
+        layers = [tall, wide, dense(memory, 100, 210), last]
+        forward(native, memory, call, batch, 0, layers)
+
+
+def main(path):
+    spec = importlib.util.spec_from_file_location("_native", path)
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+    random.seed(0)
+    for chosen, blocksize in product(range(len(native.INSTRUCTION_SETS)), BLOCKSIZES):
+        for shape, density in product(SHAPES, (0, 0.4, 1)):
+            one_layer(native, (chosen, 1), shape, blocksize, density, BATCHES)
+        one_layer(native, (chosen, 3), (300, 290), blocksize, 0.5, (33, 200))  # several threads
+    for call in product(range(len(native.INSTRUCTION_SETS)), (1, 3)):
+        for batch in (1, 15, 200):
+            chain(native, call, batch)
+    if foreign := {"numpy", "torch", "triton"} & set(sys.modules):
+        sys.exit(f"expected only the standard library in the process, got {foreign}")
+    print("called", *native.INSTRUCTION_SETS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
