@@ -11,20 +11,28 @@
 INLINE void NAME(conv_tile)(const int outputs, const int nv, const Layer *l, const int32_t *offsets,
                             int64_t o, const float *x, float *y, int64_t ldy)
 {
-    const int64_t R = l->R, C = l->C, i = o / R, last = l->crow[i + 1];
+    const int64_t R = l->R, C = l->C, begin = l->crow[o / R], end = l->crow[o / R + 1];
     vec acc[OUTPUTS * 3 > 8 ? OUTPUTS * 3 : 8];
     UNROLL for (int a = 0; a < outputs * nv; a++) acc[a] = (vec){0};
-    for (int64_t n = l->crow[i]; n < last; n++) {
-        const int64_t k = l->col[n] * C, inside = min64(C, l->in - k);
-        const float *w = l->values + n * C * R + o % R;
-        for (int64_t c = 0; c < inside; c++, w += R) {
-            const float *p = x + offsets[k + c];
-            vec in[8];
-            UNROLL for (int v = 0; v < nv; v++) in[v] = LOAD(p + v * LANES);
-            UNROLL for (int j = 0; j < outputs; j++)
-                UNROLL for (int v = 0; v < nv; v++) acc[j * nv + v] += w[j] * in[v];
-        }
+#define ADD(weights, k)                                                                            \
+    {                                                                                              \
+        const float *w = weights, *p = x + offsets[k];                                             \
+        vec in[8];                                                                                 \
+        UNROLL for (int v = 0; v < nv; v++) in[v] = LOAD(p + v * LANES);                           \
+        UNROLL for (int j = 0; j < outputs; j++)                                                   \
+            UNROLL for (int v = 0; v < nv; v++) acc[j * nv + v] += w[j] * in[v];                   \
     }
+    const float *values = l->values + o % R;
+    if (C == 1)
+        for (int64_t n = begin; n < end; n++)
+            ADD(values + n * R, l->col[n])
+    else
+        for (int64_t n = begin; n < end; n++) {
+            const int64_t k = l->col[n] * C, inside = min64(C, l->in - k);
+            for (int64_t c = 0; c < inside; c++)
+                ADD(values + (n * C + c) * R, k + c)
+        }
+#undef ADD
     UNROLL for (int j = 0; j < outputs; j++) {
         const float bias = l->bias && o + j < l->out ? l->bias[o + j] : 0;
         UNROLL for (int v = 0; v < nv; v++) {
