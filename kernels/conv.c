@@ -257,7 +257,7 @@ static void conv_grad_weight_part(void *arg, int64_t i, int worker)
             load_results(f, t, o, last, grad, ldg);
             for (int64_t j = o; j < last; j++)
                 f->kernels->conv_grad_weight(f->gradient, f->offsets, j, grad + (j - o) * ldg, x,
-                                             p->vectors, tile == 0);
+                                             p->vectors);
         }
     }
 }
@@ -273,7 +273,8 @@ static int worth(int threads, const Shape *s, int64_t kept)
 static int run_conv(Conv *f, Task task, int64_t tasks, int threads, int64_t channels, int64_t more)
 {
     const Shape *s = f->shape;
-    const int64_t floats = planes_floats(&f->plan, channels) + more * f->plan.vectors * f->kernels->lanes + 64;
+    const int64_t ldy = f->plan.vectors * f->kernels->lanes;
+    const int64_t floats = planes_floats(&f->plan, channels) + more * ldy + 64;
     threads = (int)min64(threads, tasks);
     f->floats = ceil_div(floats, 16) * 16;
     f->scratch = allocate(threads * f->floats);
@@ -292,6 +293,8 @@ static int run_conv(Conv *f, Task task, int64_t tasks, int threads, int64_t chan
 static int conv_forward(const Kernels *k, const Shape *s, const Layer *l, const float *x, float *y,
                         int threads)
 {
+    if (!s->batch)
+        return 0;
     threads = worth(threads, s, kept_weights(l));
     Conv f = {.kernels = k, .shape = s, .layer = l, .y = results(s, y)};
     f.plan = plan(s, k->lanes, s->channels * s->stride[0] * s->stride[1], threads, 0);
@@ -307,6 +310,8 @@ static int conv_forward(const Kernels *k, const Shape *s, const Layer *l, const 
 static int conv_grad_input(const Kernels *k, const Shape *s, const Layer *l, const int32_t *slots,
                            const float *grad, float *dx, int threads)
 {
+    if (!s->batch)
+        return 0;
     threads = worth(threads, s, kept_weights(l));
     Conv f = {.kernels = k, .shape = s, .layer = l, .slots = slots, .y = results(s, grad)};
     f.plan = plan(s, k->lanes, s->out, 1, 1);
@@ -320,6 +325,8 @@ static int conv_grad_input(const Kernels *k, const Shape *s, const Layer *l, con
 
 static int conv_grad_weight(const Kernels *k, const Shape *s, const Gradient *g, int threads)
 {
+    if (!s->batch)
+        return 0;
     threads = worth(threads, s, g->crow[ceil_div(g->out, g->R)] * g->R * g->C);
     Conv f = {.kernels = k, .shape = s, .gradient = g, .y = results(s, g->grad)};
     f.plan = plan(s, k->lanes, s->channels * s->stride[0] * s->stride[1], 1, 0);

@@ -39,10 +39,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def conv2d(
+def definition(
     x: Tensor,
     values: Tensor,
-    pattern: Pattern,
+    crow_indices: Tensor,
+    col_indices: Tensor,
     bias: Tensor | None,
     out_channels: int,
     window: Window,
@@ -54,11 +55,22 @@ def conv2d(
     (out_channels, in_channels * kernel) weight; bias: (out_channels,)
     -> (batch, out_channels, out_height, out_width)
     """
-    channels = x.shape[1]
-    weight = to_dense(values, pattern, (out_channels, channels * window.size))
-    weight = weight.reshape(out_channels, channels, *window.kernel_size)
+    weight = _weight(values, crow_indices, col_indices, out_channels, x.shape[1], window)
     y = F.conv2d(_padded(x, window), weight, bias, window.stride, 0, window.dilation)
     return ACTIVATIONS[activation](y).contiguous(memory_format=memory_format(x))
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    pattern: Pattern,
+    bias: Tensor | None,
+    out_channels: int,
+    window: Window,
+    activation: str = "none",
+) -> Tensor:
+    """The same, of a checked pattern."""
+    return definition(x, values, *pattern[:2], bias, out_channels, window, activation)
 
 
 def conv2d_grad_input(
@@ -66,19 +78,10 @@ def conv2d_grad_input(
 ) -> Tensor:
     """grad: (batch, out_channels, out_height, out_width) -> (batch, in_channels, height, width) =
     shape, in the memory format of grad"""
-    _, channels, height, width = shape
-    left, right, top, bottom = window.padding
-    out_channels = grad.shape[1]
-    weight = to_dense(values, pattern, (out_channels, channels * window.size))
-    weight = weight.reshape(out_channels, channels, *window.kernel_size)
-    dx = torch.nn.grad.conv2d_input(
-        (shape[0], channels, height + top + bottom, width + left + right),
-        weight,
-        grad,
-        window.stride,
-        0,
-        window.dilation,
-    )
+    (batch, channels, height, width), (left, right, top, bottom) = shape, window.padding
+    padded = batch, channels, height + top + bottom, width + left + right
+    weight = _weight(values, *pattern[:2], grad.shape[1], channels, window)
+    dx = torch.nn.grad.conv2d_input(padded, weight, grad, window.stride, 0, window.dilation)
     dx = dx[:, :, top : top + height, left : left + width]
     return dx.contiguous(memory_format=memory_format(grad))
 
@@ -91,16 +94,16 @@ def conv2d_grad_weight(
     grad: (batch, out_channels, out_height, out_width); x: (batch, in_channels, height, width)
     -> (nnz, C, R)
     """
-    out_channels, channels = grad.shape[1], x.shape[1]
-    dense = torch.nn.grad.conv2d_weight(
-        _padded(x, window),
-        (out_channels, channels, *window.kernel_size),
-        grad,
-        window.stride,
-        0,
-        window.dilation,
-    )
-    return sddmm_torch.kept_blocks(dense.reshape(out_channels, -1), pattern, block)
+    shape, x = (grad.shape[1], x.shape[1], *window.kernel_size), _padded(x, window)
+    dense = torch.nn.grad.conv2d_weight(x, shape, grad, window.stride, 0, window.dilation)
+    return sddmm_torch.kept_blocks(dense.flatten(1), pattern, block)
+
+
+def _weight(values, crow_indices, col_indices, out_channels, channels, window) -> Tensor:
+    """(out_channels, channels, kernel_height, kernel_width)"""
+    shape = out_channels, channels * window.size
+    weight = to_dense(values, crow_indices, col_indices, shape)
+    return weight.reshape(out_channels, channels, *window.kernel_size)
 
 
 def _padded(x: Tensor, window: Window) -> Tensor:

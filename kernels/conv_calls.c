@@ -108,8 +108,7 @@ static PyObject *py_conv_grad_input(PyObject *self, PyObject *const *args, Py_ss
     return none_or_no_memory(failed);
 }
 
-/* conv_grad_weight(*shape, grad, x, values, crow, col); values (nnz, C, R) is written but for what
-   is padding, which must be 0 before */
+/* conv_grad_weight(*shape, grad, x, values, crow, col) adds to values (nnz, C, R) */
 static PyObject *py_conv_grad_weight(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     enum { GRAD = SHAPE_INTS, X, VALUES, CROW, COL, ARGUMENTS };

@@ -109,7 +109,7 @@ static TARGET void NAME(conv_grad_input)(const Layer *l, const int32_t *slots,
 /* The gradient of the weights of output o over nv vectors of positions: grad (positions), x as in
    conv_tile. The dot products are added up LANES at a time, by a transpose. */
 INLINE void NAME(conv_grad_weight_tile)(const int nv, const Gradient *s, const int32_t *offsets,
-                                        int64_t o, const float *grad, const float *x, int first)
+                                        int64_t o, const float *grad, const float *x)
 {
     const int64_t R = s->R, C = s->C, i = o / R, last = s->crow[i + 1];
     vec g[8], dots[LANES] = {{0}};
@@ -126,25 +126,24 @@ INLINE void NAME(conv_grad_weight_tile)(const int nv, const Gradient *s, const i
             dots[count] = even + odd;
             to[count++] = s->values + (n * C + c) * R + o % R;
             if (count == LANES) {
-                NAME(flush)(dots, to, count, first);
+                NAME(flush)(dots, to, count, 0);
                 count = 0;
             }
         }
     }
-    NAME(flush)(dots, to, count, first);
+    NAME(flush)(dots, to, count, 0);
 }
 
-/* Adds to the gradient of output o, or sets it: grad (vectors * LANES), x a tile */
+/* Adds to the gradient of the weights of output o: grad (vectors * LANES), x as in conv_tile */
 static TARGET void NAME(conv_grad_weight)(const Gradient *s, const int32_t *offsets, int64_t o,
-                                          const float *grad, const float *x, int64_t vectors,
-                                          int first)
+                                          const float *grad, const float *x, int64_t vectors)
 {
     const int64_t groups = ceil_div(vectors, 8);
     for (int64_t a = 0; a < groups; a++) {
         const int64_t v = vectors * a / groups, nv = vectors * (a + 1) / groups - v;
         const float *from = grad + v * LANES, *with = x + v * LANES;
 #define TILE(n)                                                                                    \
-    case n: NAME(conv_grad_weight_tile)(n, s, offsets, o, from, with, first && a == 0); break;
+    case n: NAME(conv_grad_weight_tile)(n, s, offsets, o, from, with); break;
         switch (nv) {
             TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8)
         }

@@ -62,7 +62,7 @@ typedef struct {
                             int64_t begin, int64_t end, const float *grad, int64_t ldg,
                             int64_t vectors, float *dx);
     void (*conv_grad_weight)(const Gradient *, const int32_t *offsets, int64_t o, const float *grad,
-                             const float *x, int64_t vectors, int first);
+                             const float *x, int64_t vectors);
 } Kernels;
 
 /* Threads. `task(arg, i, worker)` runs once for each i < tasks; workers take the next i as they
