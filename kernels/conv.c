@@ -10,6 +10,7 @@ typedef struct {
     int64_t out, out_height, out_width;               /* y */
     int64_t kernel[2], stride[2], dilation[2], pad[2]; /* vertical, horizontal; pad: top, left */
     int channels_last;                                /* x and y; else channels first */
+    int pool;                                         /* 2: y is the maxima of 2 x 2; or 1 */
 } Shape;
 
 /* Tiles, and the planes that one of them needs. */
@@ -44,7 +45,7 @@ static Plan plan(const Shape *s, int64_t lanes, int64_t channels, int64_t least,
     p.rows = min64(max64(1, TILE_FLOATS / row - reach(s, 0)),
                    max64(enough, ceil_div(s->out_height, ceil_div(least, s->batch))));
     p.tiles = ceil_div(s->out_height, p.rows);
-    p.rows = ceil_div(s->out_height, p.tiles);
+    p.rows = ceil_div(ceil_div(s->out_height, p.tiles), s->pool) * s->pool;
     p.tiles = ceil_div(s->out_height, p.rows);
     p.height = (whole ? s->out_height : p.rows) + reach(s, 0);
     if (p.tiles == 1)
@@ -94,8 +95,8 @@ static Images inputs(const Shape *s, const Plan *p, const float *x)
 
 static Images results(const Shape *s, const float *y)
 {
-    return (Images){.data = (float *)y, .channels = s->out, .height = s->out_height,
-                    .width = s->out_width, .stride = {1, 1}, .phases = {1, 1},
+    return (Images){.data = (float *)y, .channels = s->out, .height = s->out_height / s->pool,
+                    .width = s->out_width / s->pool, .stride = {1, 1}, .phases = {1, 1},
                     .channels_last = s->channels_last};
 }
 
@@ -203,18 +204,23 @@ static void conv_forward_part(void *arg, int64_t i, int worker)
 {
     const Conv *f = arg;
     const Plan *p = &f->plan;
+    const Shape *s = f->shape;
     const int64_t ldy = p->vectors * f->kernels->lanes, begin = i % f->parts * f->part;
-    const int64_t end = min64(f->shape->out, begin + f->part);
+    const int64_t end = min64(s->out, begin + f->part);
     const Tile t = tile_of(f, i / f->parts / p->tiles, i / f->parts % p->tiles);
-    float *x = f->scratch + worker * f->floats, *y = x + planes_floats(p, f->shape->channels);
+    float *x = f->scratch + worker * f->floats, *y = x + planes_floats(p, s->channels);
     load_inputs(f, t, x);
     for (int64_t o = begin; o < end; o += TOGETHER) {
         const int64_t last = min64(end, o + TOGETHER);
         for (int64_t j = o; j < last;)
             j += f->kernels->conv(f->layer, f->offsets, j, x, p->vectors, y + (j - o) * ldy);
-        for (int64_t a = 0; a < t.images; a++)
-            copy_planes(f->kernels, &f->y, STORE_PLANES, t.image + a, o, last, t.top, t.rows,
-                        p->width, ldy, y + a * p->height * p->width);
+        for (int64_t a = 0; a < t.images; a++) {
+            float *image = y + a * p->height * p->width;
+            for (int64_t j = o; j < last && s->pool == 2; j++)
+                f->kernels->pool(image + (j - o) * ldy, p->width, t.rows, s->out_width);
+            copy_planes(f->kernels, &f->y, STORE_PLANES, t.image + a, o, last, t.top / s->pool,
+                        t.rows / s->pool, p->width, ldy, image);
+        }
     }
 }
 

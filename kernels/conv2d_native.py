@@ -17,24 +17,27 @@ def conv2d(
     out_channels: int,
     window: Window,
     activation: str = "none",
+    pool: int = 1,
 ) -> Tensor:
     """activation(F.conv2d(x, weight, bias)), in the memory format of x
 
     x: (batch, in_channels, height, width); values: (nnz, C, R); bias: (out_channels,)
-    -> (batch, out_channels, out_height, out_width)
+    pool: 1, or 2 for the maxima of each 2 x 2 outputs, as `F.max_pool2d` has them
+    -> (batch, out_channels, out_height // pool, out_width // pool)
     """
     layout = memory_format(x)
     x, values = x.contiguous(memory_format=layout), values.contiguous()
     bias = None if bias is None else bias.contiguous()
-    size = x.shape[0], out_channels, *window.output_size(*x.shape[2:])
+    height, width = window.output_size(*x.shape[2:])
+    size = x.shape[0], out_channels, height // pool, width // pool
     y = torch.empty(size, dtype=x.dtype, memory_format=layout)
     if y.numel():
         _native.conv_forward(
-            *_shape(x, y, values.shape, window, layout),
+            *_shape(x, (out_channels, height, width), values.shape, window, layout),
             *(x.data_ptr(), y.data_ptr()),
             *(values.data_ptr(), 0 if bias is None else bias.data_ptr()),
             *(pattern.crow_indices.data_ptr(), pattern.col_indices.data_ptr()),
-            activation == "relu",
+            *(activation == "relu", pool),
         )
     return F.gelu(y) if activation == "gelu" else y
 
@@ -51,7 +54,7 @@ def conv2d_grad_input(
         dx.zero_()
     if dx.numel():
         _native.conv_grad_input(
-            *_shape(dx, grad, values.shape, window, layout),
+            *_shape(dx, grad.shape[1:], values.shape, window, layout),
             *(grad.data_ptr(), dx.data_ptr(), pattern.t_slots.data_ptr(), values.data_ptr()),
             *(pattern.ccol_indices.data_ptr(), pattern.t_row_indices.data_ptr()),
         )
@@ -72,18 +75,18 @@ def conv2d_grad_weight(
     dvalues = x.new_zeros(shape)
     if dvalues.numel() and x.numel():
         _native.conv_grad_weight(
-            *_shape(x, grad, shape, window, layout),
+            *_shape(x, grad.shape[1:], shape, window, layout),
             *(grad.data_ptr(), x.data_ptr(), dvalues.data_ptr()),
             *(pattern.crow_indices.data_ptr(), pattern.col_indices.data_ptr()),
         )
     return dvalues
 
 
-def _shape(x: Tensor, y: Tensor, values: torch.Size, window: Window, layout) -> tuple[int, ...]:
-    """The first ints of every call."""
+def _shape(x: Tensor, outputs: tuple, values: torch.Size, window: Window, layout) -> tuple:
+    """The first ints of every call; outputs: (out_channels, out_height, out_width)"""
     (_, C, R), (left, _, top, _) = values, window.padding
     return (
         *(instruction_set.get(), torch.get_num_threads(), layout == torch.channels_last),
-        *(*x.shape, *y.shape[1:]),
+        *(*x.shape, *outputs),
         *(*window.kernel_size, *window.stride, *window.dilation, top, left, R, C),
     )

@@ -31,7 +31,7 @@ static int read_shape(const long long *a, Shape *s)
                  .width = a[WIDTH], .out = a[OUT], .out_height = a[OUT_HEIGHT],
                  .out_width = a[OUT_WIDTH], .kernel = {a[KERNEL_HEIGHT], a[KERNEL_WIDTH]},
                  .stride = {a[STRIDE_Y], a[STRIDE_X]}, .dilation = {a[DILATION_Y], a[DILATION_X]},
-                 .pad = {a[TOP], a[LEFT]}, .channels_last = a[CHANNELS_LAST] != 0};
+                 .pad = {a[TOP], a[LEFT]}, .channels_last = a[CHANNELS_LAST] != 0, .pool = 1};
     const double rows = 1 + (double)(s->kernel[0] - 1) * s->dilation[0],
                  width = (s->out_width + (double)s->kernel[1] * s->dilation[1]) * s->stride[1],
                  height = (s->out_height + rows) * s->stride[0];
@@ -53,10 +53,11 @@ static int given(const Shape *s, const char *name, const void *address)
     return s->batch ? check_given(name, address) : 0;
 }
 
-/* conv_forward(*shape, x, y, values, bias, crow, col, relu); y is written */
+/* conv_forward(*shape, x, y, values, bias, crow, col, relu, pool); y (batch, out_channels,
+   out_height / pool, out_width / pool) is written, the maxima of pool x pool outputs */
 static PyObject *py_conv_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    enum { X = SHAPE_INTS, Y, VALUES, BIAS, CROW, COL, RELU, ARGUMENTS };
+    enum { X = SHAPE_INTS, Y, VALUES, BIAS, CROW, COL, RELU, POOL, ARGUMENTS };
     long long a[ARGUMENTS];
     Shape s;
     (void)self;
@@ -68,6 +69,11 @@ static PyObject *py_conv_forward(PyObject *self, PyObject *const *args, Py_ssize
                      .relu = a[RELU] != 0};
     const float *x = (float *)a[X];
     float *y = (float *)a[Y];
+    if (a[POOL] != 1 && a[POOL] != 2) {
+        PyErr_Format(PyExc_ValueError, "expected pool 1 or 2, got %lld", a[POOL]);
+        return NULL;
+    }
+    s.pool = (int)a[POOL];
     if (given(&s, "x", x) || given(&s, "y", y) ||
         check_blocks(l.values, l.crow, block_rows(&l) + 1, l.col))
         return NULL;

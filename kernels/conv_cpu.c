@@ -68,6 +68,38 @@ static TARGET int NAME(conv)(const Layer *l, const int32_t *offsets, int64_t o, 
     return tall ? OUTPUTS : 1;
 }
 
+#define MAX(a, b) /* a NaN in either is one in the result, as in torch */                           \
+    ((vec)(((ivec)(a) & (((a) > (b)) | ((a) != (a)))) | ((ivec)(b) & ~(((a) > (b)) | ((a) != (a))))))
+#if LANES == 4
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#elif LANES == 8
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#endif
+
+/* The maxima of 2 x 2 pixels, in place: y (rows, columns) -> (rows / 2, columns / 2), rows `ldy`
+   apart. It may read two vectors behind y. */
+static TARGET void NAME(pool)(float *y, int64_t ldy, int64_t rows, int64_t columns)
+{
+    for (int64_t i = 0; i < rows / 2; i++)
+        for (int64_t j = 0; j < columns / 2; j += LANES) {
+            const float *top = y + 2 * i * ldy + 2 * j, *bottom = top + ldy;
+            const vec a = MAX(LOAD(top), LOAD(bottom)),
+                      b = MAX(LOAD(top + LANES), LOAD(bottom + LANES)),
+                      even = __builtin_shufflevector(a, b, EVEN),
+                      odd = __builtin_shufflevector(a, b, ODD), most = MAX(even, odd);
+            memcpy(y + i * ldy + j, &most, min64(LANES, columns / 2 - j) * sizeof(float));
+        }
+}
+
+#undef MAX
+#undef EVEN
+#undef ODD
+
 /* What input k gets from nv vectors of grad (out, ldg), added to dx. The weight is transposed: its
    rows are l->crow, its blocks values[slots[n]]. */
 INLINE void NAME(conv_grad_input_tile)(const int nv, const Layer *l, const int32_t *slots,

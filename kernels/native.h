@@ -58,6 +58,7 @@ typedef struct {
     /* convolutions: offsets (in,) into x, vectors of positions; see conv_cpu.c */
     int (*conv)(const Layer *, const int32_t *offsets, int64_t o, const float *x, int64_t vectors,
                 float *y);
+    void (*pool)(float *y, int64_t ldy, int64_t rows, int64_t columns);
     void (*conv_grad_input)(const Layer *, const int32_t *slots, const int32_t *offsets,
                             int64_t begin, int64_t end, const float *grad, int64_t ldg,
                             int64_t vectors, float *dx);
