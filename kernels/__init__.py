@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import linear_torch
 from .calls import Weights, grid_of, is_traced, is_transformed, plain
 from .conv2d_torch import Window
-from .convolution import conv2d, traced_conv2d
+from .convolution import conv2d, max_pooled_conv2d, traced_conv2d
 from .dispatch import TORCH, backend, backends, use_backend
 from .linear_native import Chain, ChainLayer
 from .pattern import Pattern, check_sizes, pattern_of
@@ -29,6 +29,7 @@ __all__ = [
     "conv2d",
     "is_traced",
     "linear",
+    "max_pooled_conv2d",
     "pattern_of",
     "traced_conv2d",
     "traced_linear",

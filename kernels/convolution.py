@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import conv2d_torch
+from . import conv2d_native, conv2d_torch
 from .calls import Weights, grid_of, is_transformed, plain
 from .conv2d_torch import Window, memory_format
 from .dispatch import TORCH, backend
@@ -48,6 +48,21 @@ def conv2d(
     ):
         return _Conv2d.apply(x, values, bias, weights, out_channels, window, activation)
     return backend(x).conv2d(plain(x), *weights, out_channels, window, activation)
+
+
+def max_pooled_conv2d(
+    x: Tensor, weights: Weights, out_channels: int, window: Window, activation: str = "none"
+) -> Tensor:
+    """F.max_pool2d(conv2d(...), 2), without gradients: on native kernels one call, which pools
+    outputs while they are in cache."""
+    check_sizes(*weights, x.shape[1] * window.size, out_channels)
+    chosen = backend(x)
+    if not chosen.pools or activation == "gelu":
+        return F.max_pool2d(chosen.conv2d(plain(x), *weights, out_channels, window, activation), 2)
+    sizes = window.output_size(*x.shape[2:])
+    if min(sizes) < 2:
+        raise ValueError(f"expected outputs of at least 2 x 2 to pool, got {sizes[0]} x {sizes[1]}")
+    return conv2d_native.conv2d(plain(x), *weights, out_channels, window, activation, pool=2)
 
 
 def traced_conv2d(

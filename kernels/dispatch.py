@@ -32,6 +32,7 @@ class Backend(NamedTuple):
     conv2d_grad_weight: Callable[..., Tensor]
     crossover: Callable[[int], float]  # block height R -> density up to which sparse is faster
     chains: bool = False  # whether several layers can run as one call
+    pools: bool = False  # whether its conv2d takes pool=2
 
 
 TORCH = Backend(
@@ -54,6 +55,7 @@ NATIVE = Backend(
     conv2d_native.conv2d_grad_weight,
     crossover=lambda R: 0.8 if R % 8 == 0 else 0.5,
     chains=True,
+    pools=True,
 )
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -6,6 +6,7 @@ _root = Path(__file__).parent.parent
 if (_root / "pyproject.toml").exists():  # a checkout: `sparse_lth.kernels` is its kernels/ folder
     __path__.append(str(_root))
 
+from .conv import SparseConv2d  # noqa: E402
 from .convert import Conversion, conversion, sparsify_  # noqa: E402
 from .kernels import backends  # noqa: E402
 from .layers import SparseLinear  # noqa: E402
@@ -15,6 +16,7 @@ from .ticket import Ticket, TicketError, load_sparse  # noqa: E402
 
 __all__ = [
     "Conversion",
+    "SparseConv2d",
     "SparseLinear",
     "SparseSequential",
     "Ticket",
