@@ -23,7 +23,7 @@ typedef struct {
 } Plan;
 
 enum {
-    TILE_FLOATS = 1 << 17, /* half of a second-level cache */
+    TILE_FLOATS = 1 << 16, /* a quarter of a second-level cache */
     FEW_VECTORS = 4,       /* are not enough sums to hide the latency of an addition */
     TOGETHER = 16          /* outputs that are stored together, or loaded */
 };

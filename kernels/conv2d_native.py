@@ -30,6 +30,8 @@ def conv2d(
     bias = None if bias is None else bias.contiguous()
     height, width = window.output_size(*x.shape[2:])
     size = x.shape[0], out_channels, height // pool, width // pool
+    if 0 in size[2:]:
+        raise ValueError(f"expected outputs of at least 2 x 2 to pool, got {height} x {width}")
     y = torch.empty(size, dtype=x.dtype, memory_format=layout)
     if y.numel():
         _native.conv_forward(
