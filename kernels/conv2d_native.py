@@ -1,5 +1,7 @@
 """The block-sparse convolution on native CPU kernels, for float32."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +30,7 @@ def conv2d(
     layout = memory_format(x)
     x, values = x.contiguous(memory_format=layout), values.contiguous()
     bias = None if bias is None else bias.contiguous()
-    height, width = window.output_size(*x.shape[2:])
+    height, width = _output_size(window, *x.shape[2:])
     size = x.shape[0], out_channels, height // pool, width // pool
     if 0 in size[2:]:
         raise ValueError(f"expected outputs of at least 2 x 2 to pool, got {height} x {width}")
@@ -82,6 +84,9 @@ def conv2d_grad_weight(
             *(pattern.crow_indices.data_ptr(), pattern.col_indices.data_ptr()),
         )
     return dvalues
+
+
+_output_size = lru_cache(Window.output_size)
 
 
 def _shape(x: Tensor, outputs: tuple, values: torch.Size, window: Window, layout) -> tuple:

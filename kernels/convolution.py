@@ -34,12 +34,7 @@ def conv2d(
     """
     if weights is None:
         weights = Weights(values.detach(), pattern, None if bias is None else bias.detach())
-    for name, t in (("x", x), ("bias", values if bias is None else weights.bias)):
-        if t.dtype != weights.values.dtype or t.device != weights.values.device:
-            raise ValueError(
-                f"expected {name} in {values.dtype} on {values.device}, as the weight is, "
-                f"got {t.dtype} on {t.device}"
-            )
+    _check_like(weights.values, x=x, bias=weights.bias)
     check_sizes(*weights, x.shape[1] * window.size, out_channels)
     if activation == "gelu" and torch.is_grad_enabled():  # its gradient needs what went in
         return F.gelu(conv2d(x, values, pattern, bias, out_channels, window, "none", weights))
@@ -50,11 +45,21 @@ def conv2d(
     return backend(x).conv2d(plain(x), *weights, out_channels, window, activation)
 
 
+def _check_like(values: Tensor, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and (t.dtype != values.dtype or t.device != values.device):
+            raise ValueError(
+                f"expected {name} in {values.dtype} on {values.device}, as the weight is, "
+                f"got {t.dtype} on {t.device}"
+            )
+
+
 def max_pooled_conv2d(
     x: Tensor, weights: Weights, out_channels: int, window: Window, activation: str = "none"
 ) -> Tensor:
     """F.max_pool2d(conv2d(...), 2), without gradients: on native kernels one call, which pools
     outputs while they are in cache."""
+    _check_like(weights.values, x=x, bias=weights.bias)
     check_sizes(*weights, x.shape[1] * window.size, out_channels)
     chosen = backend(x)
     if not chosen.pools or activation == "gelu":
@@ -120,6 +125,7 @@ def _conv2d_grad_input(
     sizes = shape[1] * window.size, grad.shape[1]
     pattern = pattern_of(crow_indices, col_indices, grid_of(*sizes[::-1], values.shape[1:]))
     check_sizes(values, pattern, None, *sizes)
+    _check_like(values, grad=grad)
     return backend(grad).conv2d_grad_input(plain(grad), values, pattern, tuple(shape), window)
 
 
@@ -139,6 +145,7 @@ def _conv2d_grad_weight(
     window = _window(kernel_size, stride, padding, dilation)
     grid = grid_of(grad.shape[1], x.shape[1] * window.size, (C, R))
     pattern = pattern_of(crow_indices, col_indices, grid)
+    _check_like(x, grad=grad)
     return backend(grad).conv2d_grad_weight(plain(grad), plain(x), pattern, (C, R), window)
 
 

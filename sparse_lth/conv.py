@@ -133,14 +133,15 @@ class SparseConv2d(BlockSparse):
     def max_pooled(self, x: Tensor, relu: bool = False) -> Tensor:
         """`F.max_pool2d(y, 2)` of y = self(x), or of its ReLU; without gradients. One native call,
         unless the activation is gelu."""
-        if self.activation == "gelu":
+        snapshot = self._snapshot()
+        if self.activation == "gelu" or snapshot.pattern is None:
             y = self(x)
             return F.max_pool2d(y.relu() if relu else y, 2)
         x, window = self._padded(x)
-        with torch.no_grad(), base._changing:
-            weights = Weights(self.masked_values(), self._snapshot().pattern, self.bias)
-            activation = "relu" if relu else self.activation
-            return max_pooled_conv2d(x, weights, self.out_channels, window, activation)
+        values, bias, *_, kept = snapshot.alive
+        weights = Weights(values if kept is None else values * kept, snapshot.pattern, bias)
+        activation = "relu" if relu else self.activation
+        return max_pooled_conv2d(x, weights, self.out_channels, window, activation)
 
     def extra_repr(self) -> str:
         sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
