@@ -76,8 +76,8 @@ static void find_offsets(const Shape *s, const Plan *p, int64_t channels, int32_
             }
 }
 
-/* Images as they lie in memory, and in planes: row i of phase r is row top + i * stride[0] + r of an
-   image, and so for columns. */
+/* Images as they lie in memory, and in planes: row i of phase r is row top + i * stride[0] + r of
+   an image, and so for columns. */
 typedef struct {
     float *data;
     int64_t channels, height, width;
@@ -196,8 +196,8 @@ static void load_results(const Conv *f, Tile t, int64_t begin, int64_t end, floa
     if (t.rows < p->rows || t.images < p->images)
         memset(to, 0, (end - begin) * ldto * sizeof(float));
     for (int64_t a = 0; a < t.images; a++)
-        copy_planes(f->kernels, &f->y, LOAD_PLANES, t.image + a, begin, end, t.top, t.rows, p->width,
-                    ldto, to + a * p->height * p->width);
+        copy_planes(f->kernels, &f->y, LOAD_PLANES, t.image + a, begin, end, t.top, t.rows,
+                    p->width, ldto, to + a * p->height * p->width);
 }
 
 static void conv_forward_part(void *arg, int64_t i, int worker)
@@ -308,8 +308,7 @@ static int conv_forward(const Kernels *k, const Shape *s, const Layer *l, const 
     const int64_t tiles = f.plan.groups * f.plan.tiles;
     f.part = ceil_div(ceil_div(s->out, ceil_div(threads, tiles)), TOGETHER) * TOGETHER;
     f.parts = ceil_div(s->out, f.part);
-    return run_conv(&f, conv_forward_part, tiles * f.parts, threads,
-                    s->channels, TOGETHER);
+    return run_conv(&f, conv_forward_part, tiles * f.parts, threads, s->channels, TOGETHER);
 }
 
 /* l: the transposed weight, as in grad_input */
@@ -325,8 +324,8 @@ static int conv_grad_input(const Kernels *k, const Shape *s, const Layer *l, con
     f.part = max64(1, TILE_FLOATS / planes_floats(&f.plan, 1));
     f.part = min64(f.part, ceil_div(s->channels, ceil_div(threads, f.plan.groups)));
     f.parts = ceil_div(s->channels, f.part);
-    return run_conv(&f, conv_grad_input_part, f.plan.groups * f.parts, threads,
-                    f.part, s->out);
+    return run_conv(&f, conv_grad_input_part, f.plan.groups * f.parts, threads, f.part,
+                    s->out);
 }
 
 static int conv_grad_weight(const Kernels *k, const Shape *s, const Gradient *g, int threads)
@@ -339,6 +338,5 @@ static int conv_grad_weight(const Kernels *k, const Shape *s, const Gradient *g,
     f.x = inputs(s, &f.plan, g->x);
     f.part = ceil_div(s->out, threads);
     f.parts = ceil_div(s->out, f.part);
-    return run_conv(&f, conv_grad_weight_part, f.parts, threads, s->channels,
-                    TOGETHER);
+    return run_conv(&f, conv_grad_weight_part, f.parts, threads, s->channels, TOGETHER);
 }

@@ -55,6 +55,7 @@ def definition(
     (out_channels, in_channels * kernel) weight; bias: (out_channels,)
     -> (batch, out_channels, out_height, out_width)
     """
+    window.output_size(*x.shape[2:])  # ValueError where the kernel does not fit
     weight = _weight(values, crow_indices, col_indices, out_channels, x.shape[1], window)
     y = F.conv2d(_padded(x, window), weight, bias, window.stride, 0, window.dilation)
     return ACTIVATIONS[activation](y).contiguous(memory_format=memory_format(x))

@@ -35,7 +35,8 @@ static int read_shape(const long long *a, Shape *s)
     const double rows = 1 + (double)(s->kernel[0] - 1) * s->dilation[0],
                  width = (s->out_width + (double)s->kernel[1] * s->dilation[1]) * s->stride[1],
                  height = (s->out_height + rows) * s->stride[0];
-    if (max64(s->channels, s->out) * rows * width > INT32_MAX / 2 || height * width > INT32_MAX / 2 ||
+    if (max64(s->channels, s->out) * rows * width > INT32_MAX / 2 ||
+        height * width > INT32_MAX / 2 ||
         (double)s->channels * s->kernel[0] * s->kernel[1] > INT32_MAX) {
         PyErr_SetString(PyExc_ValueError, "expected images and a kernel of fewer numbers");
         return -1;

@@ -1,7 +1,7 @@
 /* The convolution, included after sddmm_cpu.c.
 
-   x lies in a tile of padded planes (conv.c), where weight k meets the pixels offsets[k] + p for the
-   outputs at p = 0, 1, ...: a row of weights is a sum of shifted runs, without a gather. A vector
+   x lies in a tile of padded planes (conv.c), where weight k meets the pixels offsets[k] + p for
+   the outputs at p = 0, 1, ...: a row of weights is a sum of shifted runs, without a gather. A vector
    is LANES such positions. */
 
 #define OUTPUTS (LANES == 16 ? 8 : 4) /* of a block that share a vector of x */
@@ -68,8 +68,9 @@ static TARGET int NAME(conv)(const Layer *l, const int32_t *offsets, int64_t o, 
     return tall ? OUTPUTS : 1;
 }
 
-#define MAX(a, b) /* a NaN in either is one in the result, as in torch */                           \
-    ((vec)(((ivec)(a) & (((a) > (b)) | ((a) != (a)))) | ((ivec)(b) & ~(((a) > (b)) | ((a) != (a))))))
+/* A NaN in either is one in the result, as in torch. */
+#define IS_MAX(a, b) (((a) > (b)) | ((a) != (a)))
+#define MAX(a, b) ((vec)(((ivec)(a) & IS_MAX(a, b)) | ((ivec)(b) & ~IS_MAX(a, b))))
 #if LANES == 4
 #define EVEN 0, 2, 4, 6
 #define ODD 1, 3, 5, 7
@@ -96,6 +97,7 @@ static TARGET void NAME(pool)(float *y, int64_t ldy, int64_t rows, int64_t colum
         }
 }
 
+#undef IS_MAX
 #undef MAX
 #undef EVEN
 #undef ODD
