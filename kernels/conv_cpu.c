@@ -1,8 +1,8 @@
 /* The convolution, included after sddmm_cpu.c.
 
    x lies in a tile of padded planes (conv.c), where weight k meets the pixels offsets[k] + p for
-   the outputs at p = 0, 1, ...: a row of weights is a sum of shifted runs, without a gather. A vector
-   is LANES such positions. */
+   the outputs at p = 0, 1, ...: a row of weights is a sum of shifted runs, without a gather. A
+   vector is LANES such positions. */
 
 #define OUTPUTS (LANES == 16 ? 8 : 4) /* of a block that share a vector of x */
 
