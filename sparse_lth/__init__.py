@@ -12,6 +12,7 @@ if find_spec(f"{__name__}.kernels") is None:  # a checkout: it is the kernels/ f
     sys.modules[_spec.name] = kernels = module_from_spec(_spec)
     _spec.loader.exec_module(kernels)
 
+from .conv import SparseConv2d
 from .convert import Conversion, conversion, sparsify_
 from .kernels import backends
 from .layers import SparseLinear
@@ -26,6 +27,7 @@ from .timing import benchmark
 __all__ = [
     "Conversion",
     "Search",
+    "SparseConv2d",
     "SparseLinear",
     "SparseSequential",
     "Ticket",

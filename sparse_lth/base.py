@@ -257,21 +257,31 @@ class BlockSparse(nn.Module):
         if is_traced(x) or self._snapshot().pattern is None:
             return self._traced_product(x, bias, activation, dtype)
         with _changing:  # tensors of one moment
-            values, pattern = self.masked_values(), self._snapshot().pattern
-            if dtype is not None:
-                values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
-            weights = Weights(values.detach(), pattern, None if bias is None else bias.detach())
+            values, bias = self._operands(bias, dtype)
+            weights = self._weights(values, bias)
         flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        y = linear(flat, values, pattern, bias, self.out_features, activation, weights)
+        y = linear(flat, values, weights.pattern, bias, self.out_features, activation, weights)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _traced_product(self, x, bias, activation, dtype=None):
-        values = self.masked_values()
-        if dtype is not None:
-            values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
+        values, bias = self._operands(bias, dtype)
         flat, indices = x.reshape(-1, self.in_features), (self.crow_indices, self.col_indices)
         y = traced_linear(flat, values, *indices, bias, self.out_features, activation)
         return y.view(x.shape[:-1] + (self.out_features,))  # noqa: RUF005, a Proxy has no length
+
+    def _operands(
+        self, bias: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """values and bias as autograd sees them, in another dtype if one is given"""
+        values = self.masked_values()
+        if dtype is None:
+            return values, bias
+        return values.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _weights(self, values: Tensor, bias: Tensor | None) -> Weights:
+        """The numbers of both with the pattern; `_changing` is to be held from where they come."""
+        numbers = None if bias is None else bias.detach()
+        return Weights(values.detach(), self._snapshot().pattern, numbers)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_last"}
