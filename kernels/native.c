@@ -261,8 +261,6 @@ static PyMethodDef methods[] = {
     {"conv_forward", (PyCFunction)(void (*)(void))py_conv_forward, METH_FASTCALL, NULL},
     {"conv_grad_input", (PyCFunction)(void (*)(void))py_conv_grad_input, METH_FASTCALL, NULL},
     {"conv_grad_weight", (PyCFunction)(void (*)(void))py_conv_grad_weight, METH_FASTCALL, NULL},
-    {"check_indices", (PyCFunction)(void (*)(void))py_check_indices, METH_FASTCALL, NULL},
-    {"transpose_indices", (PyCFunction)(void (*)(void))py_transpose_indices, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

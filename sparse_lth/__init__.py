@@ -17,7 +17,7 @@ from .convert import Conversion, conversion, sparsify_
 from .kernels import backends
 from .layers import SparseLinear
 from .masks import block_l1_unstructured
-from .program import models as _models  # whose networks load_sparse can name
+from .program import models as _models  # noqa: F401, whose networks load_sparse can name
 from .saving import load_sparse, save_sparse
 from .search import Search, find_ticket
 from .sequential import SparseSequential
