@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .pattern import Pattern, check_sizes
 
@@ -72,7 +72,8 @@ def rows(x: Tensor) -> Tensor:
 def held(t: Tensor) -> Tensor:
     """t, contiguous, in a tensor of our own: another thread that gives t other data, as `.data = `
     does, neither frees what a kernel reads nor changes its size."""
-    return t.detach().contiguous().resolve_neg()
+    held = t.detach().contiguous().resolve_neg()
+    return held.clone() if held._is_zerotensor() else held
 
 
 NESTED = "expected a dense tensor, got a nested one: give its x.values(), or x.to_padded_tensor(0)"
@@ -136,7 +137,7 @@ class Chain:
         if x.is_nested:
             raise ValueError(NESTED)
         shape = x.shape
-        if shape[-1] != self.in_features:
+        if not shape or shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(shape)}")
         if x.dtype != torch.float32 or not x.is_cpu:
             raise ValueError(
@@ -147,18 +148,29 @@ class Chain:
         if x.is_neg() or x.layout is not torch.strided:
             x = x.to_dense().resolve_neg()
         x = rows(x)
+        address = x.data_ptr()
+        if not address and x._is_zerotensor():  # which has no memory
+            x = rows(x.clone())
+            address = x.data_ptr()
         y = x.new_empty(shape[0], self.out_features)
         if shape[0]:
             _native.forward(
                 *(instruction_set.get(), torch.get_num_threads()),
-                *(x.data_ptr(), x.stride(0), y.data_ptr(), shape[0]),
+                *(address, x.stride(0), y.data_ptr(), shape[0]),
                 *self._arguments,
             )
         return y
 
 
 def _is_plain_float32(t: Tensor) -> bool:
-    return t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() and not t.is_neg()
+    """Whether its memory is its numbers, in order: it is no subclass, negation or lazy zeros."""
+    return (
+        type(t) in (Tensor, nn.Parameter)
+        and t.dtype == torch.float32
+        and t.is_cpu
+        and t.is_contiguous()
+        and not (t.is_neg() or t._is_zerotensor())
+    )
 
 
 def _prepare(layer: ChainLayer) -> tuple[tuple, tuple]:

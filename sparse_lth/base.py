@@ -192,15 +192,18 @@ class BlockSparse(nn.Module):
     def _is_as(self, seen: tuple) -> bool:
         """Whether a call would compute the same function on the same memory. Every call asks."""
         parameters, buffers = self._parameters, self._buffers
-        (values, values_at, numbers), (bias, bias_at, outputs), kept, activation = seen[:4]
-        (crow, crow_at, crow_version), (col, col_at, col_version) = seen[4:]
+        values, values_at, numbers, bias, bias_at, outputs = seen[:6]
+        kept, activation, crow, crow_at, crow_version, col, col_at, col_version = seen[6:]
         return (
             parameters.get("weight_values") is values
             and values.data_ptr() == values_at
             and values.numel() == numbers
             and values.is_contiguous()
             and parameters.get("bias") is bias
-            and (bias is None or (bias.data_ptr() == bias_at and bias.numel() == outputs))
+            and (
+                bias is None
+                or (bias.data_ptr() == bias_at and bias.numel() == outputs and bias.is_contiguous())
+            )
             and buffers.get("crow_indices") is crow
             and crow._version == crow_version
             and crow.data_ptr() == crow_at
@@ -211,27 +214,16 @@ class BlockSparse(nn.Module):
             and self.activation == activation
         )
 
-    def _seen(self, values, bias, crow, col, kept) -> tuple | None:
-        """What a change of the layer changes. Values that are trained in place stay the same.
-
-        None for tensors that may change without a sign, as those of inference mode do.
-        """
-        if crow.is_inference() or col.is_inference() or not values.is_contiguous():
-            return None
-        return (
-            (values, values.data_ptr(), values.numel()),
-            (bias, 0, 0) if bias is None else (bias, bias.data_ptr(), bias.numel()),
-            *(kept, self.activation),
-            *((t, t.data_ptr(), t._version) for t in (crow, col)),
-        )
-
     def _take_snapshot(self) -> Snapshot:
         tensors = self.weight_values, self.bias, *(getattr(self, name) for name in INDEX_NAMES)
+        activation = as_activation(self.activation)
+        if any(tensors[n] is None for n in (0, 2, 3)):
+            raise ValueError("expected weight_values, crow_indices and col_indices, got None")
         if not all(t is None or _has_numbers(t) for t in tensors):
             return Snapshot(None, None, None, ())
-        pattern, seen = self.pattern, self._seen(*tensors)
         alive = tuple(None if t is None else t.detach() for t in tensors)
-        values, bias, *_, kept = alive
+        seen = _seen(tensors, alive, activation)  # before the indices are read: a write shows
+        pattern, (values, bias, *_, kept) = self.pattern, alive
         if values.dim() != 3 or values.shape[:0:-1] != self.blocksize:
             raise ValueError(
                 f"expected weight_values (nnz_blocks, C, R) in blocks (R, C) of {self.blocksize}, "
@@ -239,7 +231,7 @@ class BlockSparse(nn.Module):
             )
         _check_kept(kept, values)
         check_sizes(values, pattern, bias, self.in_features, self.out_features)
-        sizes = self.in_features, self.out_features, self.activation
+        sizes = self.in_features, self.out_features, activation
         layer = ChainLayer(values, pattern, bias, *sizes)
         chain = Chain([layer]) if kept is None and Chain.takes(layer) else None
         return Snapshot(pattern, chain, seen, alive)
@@ -250,7 +242,7 @@ class BlockSparse(nn.Module):
             return self._traced_product(x, bias, activation)
         if x.is_nested:
             raise ValueError(NESTED)
-        if x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
         dtype = _autocast_dtype(x)
         x = x if dtype is None else x.to(dtype)
@@ -305,11 +297,13 @@ class BlockSparse(nn.Module):
         if f"{prefix}values" in state_dict:  # as files before version 0.2 call them
             state_dict[f"{prefix}weight_values"] = state_dict.pop(f"{prefix}values")
         given = {name: state_dict.get(f"{prefix}{name}") for name in BLOCKS}
+        bias = state_dict.get(f"{prefix}bias")
         rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         if all(tensor is None for tensor in given.values()):
             return super()._load_from_state_dict(state_dict, prefix, *rest)
         try:
-            blocks = self._checked_blocks(given, state_dict.get(f"{prefix}bias"))
+            _check_loadable({**given, "bias": bias})
+            blocks = self._checked_blocks(given, bias)
         except ValueError as error:
             error_msgs.append(f"blocks of {prefix.rstrip('.') or type(self).__name__!r}: {error}")
             return None
@@ -365,6 +359,24 @@ class BlockSparse(nn.Module):
         self._set_indices(crow.clone(), col.clone(), None if kept is None else kept.clone())
 
 
+def _seen(tensors: tuple, alive: tuple, activation: str) -> tuple | None:
+    """What a change of a layer changes. Values that are trained in place stay the same.
+
+    None for tensors that may change without a sign, as those of inference mode do.
+    """
+    values, bias, crow, col, _ = alive
+    in_order = values.is_contiguous() and (bias is None or bias.is_contiguous())
+    if not in_order or crow.is_inference() or col.is_inference():
+        return None
+    return (
+        *(tensors[0], values.data_ptr(), values.numel()),
+        *(tensors[1], *((0, 0) if bias is None else (bias.data_ptr(), bias.numel()))),
+        *(tensors[4], activation),
+        *(tensors[2], crow.data_ptr(), crow._version),
+        *(tensors[3], col.data_ptr(), col._version),
+    )
+
+
 def as_activation(name: str) -> str:
     """The name, if it is that of an activation; else ValueError."""
     if name not in [*ACTIVATIONS]:
@@ -378,6 +390,15 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
+
+
+def _check_loadable(given: dict) -> None:
+    for name, t in given.items():
+        if t is not None and not (
+            isinstance(t, Tensor) and t.layout is torch.strided and not t.is_meta
+        ):
+            got = f"{t.layout} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"expected {name} as a dense tensor that has numbers, got {got}")
 
 
 def _check_kept(kept: Tensor | None, values: Tensor) -> None:

@@ -141,8 +141,8 @@ class SparseLinear(BlockSparse):
         """Whether a call has to keep a graph, or to compute in another dtype."""
         if any_autocast():
             return True
-        return torch.is_grad_enabled() and (
-            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        return torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, self.weight_values, self.bias)
         )
 
     def to_dense(self) -> nn.Linear:

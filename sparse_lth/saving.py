@@ -79,9 +79,11 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         replace(model, _sparse_layers(model, tensors, about["layers"]))
         _fill(model, tensors)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except BaseException as error:
         for module, *own in before:
             module._modules, module._parameters, module._buffers = own
+        if not isinstance(error, RuntimeError | TypeError | ValueError):
+            raise
         raise TicketError(f"{path}: {error}") from error
     return model.eval() if alone else model
 
@@ -146,7 +148,7 @@ def _sparse_layers(
     model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, dict]
 ) -> dict[nn.Module, SparseLinear]:
     """For each dense layer that the file has sparse, the sparse one; ValueError if it cannot be."""
-    modules, made = dict(model.named_modules(remove_duplicate=False)), {}
+    modules, made, tied = dict(model.named_modules(remove_duplicate=False)), {}, {}
     for name in layers:
         if _join(name, "crow_indices") not in tensors:
             raise ValueError(f"{name}: expected crow_indices of a sparse layer, got none")
@@ -166,22 +168,29 @@ def _sparse_layers(
             sparse.activation = as_activation(layers.get(owner, {}).get("activation", "none"))
         except (AttributeError, ValueError) as error:
             raise ValueError(f"{owner}: {error}") from error
+        sparse.weight_values = tied.setdefault(layer.weight, sparse.weight_values)
         sparse.weight_values.requires_grad_(layer.weight.requires_grad)
         if bias is not None:
+            sparse.bias = tied.setdefault(bias, sparse.bias)
             sparse.bias.requires_grad_(bias.requires_grad)
         made[layer] = sparse
     return made
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Loads all of the tensors, in their dtypes, to where the model is; ties stay ties."""
-    now, names = dict(_tensors(model)), {}
-    for name, tensor in now.items():
-        names.setdefault(id(tensor), []).append(name)
-    given = dict(tensors)
-    for twins in names.values():
-        known = next((given[name] for name in twins if name in given), None)
-        given |= {name: known for name in twins if known is not None}
+    """Loads all of the tensors, in their dtypes, to where the model is, tied as in the model and
+    as in the file."""
+    now, given = dict(_tensors(model)), dict(tensors)
+    ties = _names(now)
+    for twins in ties:
+        known = [given[name] for name in twins if name in given]
+        if not all(torch.equal(known[0], other) for other in known):
+            raise ValueError(
+                f"expected the same numbers for {' and '.join(twins)}, which are one tensor of the "
+                "model, got others: load into a model in which they are not tied"
+            )
+        given |= {name: known[0] for name in twins if known}
+    ties += _names({name: given[name] for name in given if name in now})
     for name, tensor in now.items():
         if name in given and given[name].is_floating_point() != tensor.is_floating_point():
             raise ValueError(f"expected {name} like {tensor.dtype}, got {given[name].dtype}")
@@ -194,9 +203,17 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict(state, assign=True)
     for name in transient & given.keys():
         _put(model, name, given[name])
-    for first, *others in names.values():
+    for first, *others in ties:
         for name in others:
             _put(model, name, dict(_tensors(model))[first])
+
+
+def _names(tensors: dict[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor."""
+    names = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [*names.values()]
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:

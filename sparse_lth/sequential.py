@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .conv import SparseConv2d
 from .kernels import Chain, ChainLayer, any_autocast, backend, is_traced
@@ -18,19 +19,22 @@ class Prepared(NamedTuple):
     modules: list[nn.Module]
     start: int  # where the chain begins
     chain: Chain | None
-    hooks: list[dict]  # of the chain's modules, all empty
-    watched: list[tuple[dict, str, object]]  # what says what a module computes
+    plain: list[tuple[dict, dict, dict]]  # `_ways` of the chain's modules
+    watched: list[tuple[dict, str, object]]  # what else says what a module computes
     sparse: list[tuple[SparseLinear, tuple | None]]  # as `SparseLinear._seen` has them
     dense: list[tuple[Tensor, int, torch.Size]]  # parameters, their addresses and shapes
 
     def is_current(self, modules: list[nn.Module]) -> bool:
-        if self.modules != modules or any(self.hooks):
+        if self.modules != modules:
             return False
+        for own, before, after in self.plain:
+            if before or after or "forward" in own:
+                return False
         for mapping, name, value in self.watched:
             if mapping.get(name) is not value:
                 return False
         for t, address, size in self.dense:
-            if t.data_ptr() != address or t.shape != size:
+            if t.data_ptr() != address or t.shape != size or not t.is_contiguous():
                 return False
         for layer, seen in self.sparse:
             if seen is None or not layer._is_as(seen):
@@ -49,6 +53,8 @@ class SparseSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """x: whatever the first module takes"""
         if torch.is_grad_enabled() or is_traced(x) or not backend(x).chains or any_autocast():
+            return super().forward(x)
+        if _global_forward_hooks or _global_forward_pre_hooks:  # which want to see each module
             return super().forward(x)
         modules = list(self._modules.values())
         prepared = self.__dict__.get("_prepared")
@@ -98,55 +104,67 @@ def _halves(module: nn.Module) -> bool:
 
 
 def _prepare(modules: list[nn.Module]) -> Prepared:
-    start = _tail(modules)
-    watched, hooks, layers, sparse, dense = [], [], [], [], []
-    for module in modules[start:]:
-        hooks += _hooks(module)
-        watched.append((vars(module), "forward", None))
-        if isinstance(module, nn.ReLU):
+    parts = [_part(module) for module in modules]
+    start = _tail(modules, parts)
+    layers, watched, sparse, dense = [], [], [], []
+    for module, part in zip(modules[start:], parts[start:], strict=True):
+        if part is not None:
+            layers.append(part.layer)
+            watched += part.watched
+            sparse += part.sparse
+            dense += part.dense
+        elif isinstance(module, nn.ReLU):
             layers[-1] = layers[-1]._replace(activation="relu")
-        elif isinstance(module, SparseLinear):
-            snapshot = module._snapshot()
-            sparse.append((module, snapshot.seen))
-            layers += snapshot.chain.layers
-        elif isinstance(module, nn.Linear):
-            parameters = module._parameters
-            watched += [(parameters, name, parameters[name]) for name in ("weight", "bias")]
-            dense += [(t, t.data_ptr(), t.shape) for t in parameters.values() if t is not None]
-            sizes = module.in_features, module.out_features
-            layers.append(ChainLayer(module.weight, None, module.bias, *sizes))
+        else:
+            watched += [(vars(module), "start_dim", 1), (vars(module), "end_dim", -1)]
     chain = Chain(layers) if 1 <= len(layers) <= Chain.MAX_LAYERS else None
-    return Prepared(modules, start, chain, hooks, watched, sparse, dense)
+    plain = [_ways(module) for module in modules[start:]]
+    return Prepared(modules, start, chain, plain, watched, sparse, dense)
 
 
-def _hooks(module: nn.Module) -> tuple[dict, dict]:
-    return module._forward_hooks, module._forward_pre_hooks
+class Part(NamedTuple):
+    """What a chain takes of a module, and for `Prepared` what says that it is unchanged."""
+
+    layer: ChainLayer
+    watched: list
+    sparse: list
+    dense: list
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module is that of its class: no hooks, no forward of its own."""
-    return not (any(_hooks(module)) or "forward" in vars(module))
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Whether a chain can take it."""
+def _part(module: nn.Module) -> Part | None:
+    """None if a chain cannot take it. All of it is of one moment, whatever other threads do."""
     if type(module) is SparseLinear:
-        return module._snapshot().chain is not None
-    if type(module) is not nn.Linear or module._parameters.get("weight") is None:
-        return False
-    shape = module.out_features, module.in_features
-    weight, bias = module._parameters["weight"], module._parameters.get("bias")
-    fits = weight.shape == shape and weight.numel() <= SMALL
-    return fits and Chain.takes(ChainLayer(weight, None, bias, *shape[::-1]))
+        snapshot = module._snapshot()
+        if snapshot.chain is None:
+            return None
+        return Part(snapshot.chain.layers[0], [], [(module, snapshot.seen)], [])
+    if type(module) is not nn.Linear:
+        return None
+    parameters, shape = module._parameters, (module.out_features, module.in_features)
+    watched = [(parameters, name, parameters.get(name)) for name in ("weight", "bias")]
+    now = [(t, t.detach()) for *_, t in watched if t is not None]
+    weight, *rest = (memory for _, memory in now)
+    layer = ChainLayer(weight, None, rest[0] if rest else None, *shape[::-1])
+    fits = weight.shape == shape and all(t.shape == shape[:1] for t in rest)
+    if not (fits and weight.numel() <= SMALL and Chain.takes(layer)):
+        return None
+    dense = [(t, memory.data_ptr(), memory.shape) for t, memory in now]
+    return Part(layer, watched, [], dense)
 
 
-def _tail(modules: list[nn.Module]) -> int:
+def _ways(module: nn.Module) -> tuple[dict, dict, dict]:
+    """Where a module may have a forward of its own, and hooks; without, a call is its class's."""
+    return vars(module), module._forward_pre_hooks, module._forward_hooks
+
+
+def _tail(modules: list[nn.Module], parts: list[Part | None]) -> int:
     """Where the part begins that a chain can be: [Flatten] Linear [ReLU] Linear ... at the end."""
     start = len(modules)
     for i, module in reversed(list(enumerate(modules))):
-        if not _is_plain(module):
+        own, *hooks = _ways(module)
+        if any(hooks) or "forward" in own:
             break
-        if _is_layer(module):
+        if parts[i] is not None:
             start = i
         elif type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
             return i if start == i + 1 else start
