@@ -173,6 +173,49 @@ class BlockSparse(nn.Module):
         starts = torch.arange(0, rows * cols + 1, cols, device="cpu")
         self._set_indices(torch.searchsorted(kept, starts).int(), (kept % cols).int())
 
+    def _hold(
+        self,
+        weight_values: Tensor,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        bias: Tensor | None = None,
+        weight_kept: Tensor | None = None,
+    ):
+        """Takes these tensors, in the format of the class, in place of what the layer has, and
+        returns the layer; ValueError if they do not fit."""
+        shape = self.out_features, self.in_features
+        bsr.validate(weight_values, crow_indices, col_indices, shape)
+        if weight_values.shape[:0:-1] != self.blocksize:
+            raise ValueError(
+                f"expected blocks of {self.blocksize}, got {tuple(weight_values.shape[:0:-1])}"
+            )
+        if bias is not None and (bias.shape, bias.dtype) != (shape[:1], weight_values.dtype):
+            raise ValueError(
+                f"expected a bias of shape ({self.out_features},) and {weight_values.dtype}, "
+                f"got {tuple(bias.shape)} and {bias.dtype}"
+            )
+        _check_kept(weight_kept, weight_values)
+        for name, tensor in (("weight_values", weight_values), ("bias", bias)):
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor)
+            self.register_parameter(name, tensor)
+        self._set_indices(crow_indices, col_indices, weight_kept)
+        return self
+
+    def _hold_dense(self, weight: Tensor, bias: Tensor | None, mask: Tensor, promised: bool):
+        """Takes a copy of the dense (out_features, in_features) weight under the mask.
+
+        promised: whether what the mask prunes inside a kept block is to stay 0 in training
+        """
+        blocks = bsr.from_dense(weight.detach(), mask, self.blocksize)
+        kept = bsr.kept_in_blocks(mask, blocks) if promised else None
+        copied = None if bias is None else bias.detach().clone()
+        self._hold(*blocks, copied, kept)
+        self.weight_values.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            self.bias.requires_grad_(bias.requires_grad)
+        return self
+
     def _set_indices(self, crow_indices: Tensor, col_indices: Tensor, kept: Tensor | None = None):
         for name, tensor in zip(INDEX_NAMES, (crow_indices, col_indices, kept), strict=True):
             setattr(self, name, None if tensor is None else tensor.to(self.weight_values.device))

@@ -76,22 +76,19 @@ class SparseConv2d(BlockSparse):
             raise ValueError(
                 f"expected a mask of shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
             )
-        blocksize = bsr.as_blocksize(blocksize)
-        values, *indices = bsr.from_dense(weight.detach().flatten(1), mask.flatten(1), blocksize)
-        kept = None
-        if promised is not None:
-            kept = bsr.kept_in_blocks(mask.flatten(1), (values, *indices))
-        layer = cls(
+        layer = cls.empty(conv, bsr.as_blocksize(blocksize))
+        matrices = weight.flatten(1), bias, mask.flatten(1)
+        return layer._hold_dense(*matrices, promised is not None).train(conv.training)
+
+    @classmethod
+    def empty(cls, conv: nn.Conv2d, blocksize: tuple[int, int]) -> "SparseConv2d":
+        """A layer for the inputs of `conv`, without a block or a number, on the meta device."""
+        return cls(
             *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding),
-            *(conv.dilation, bias is not None, conv.padding_mode, blocksize),
+            *(conv.dilation, False, conv.padding_mode, blocksize),
             density=0.0,
             device="meta",
         )
-        layer.weight_values = nn.Parameter(values, weight.requires_grad)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
-        layer._set_indices(*indices, kept)
-        return layer.train(conv.training)
 
     def to_dense(self) -> nn.Conv2d:
         """An `nn.Conv2d` with the same weight and bias; the activation is not part of it."""

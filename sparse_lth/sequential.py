@@ -157,12 +157,16 @@ def _ways(module: nn.Module) -> tuple[dict, dict, dict]:
     return vars(module), module._forward_pre_hooks, module._forward_hooks
 
 
+def _is_plain(module: nn.Module) -> bool:
+    own, *hooks = _ways(module)
+    return not any(hooks) and "forward" not in own
+
+
 def _tail(modules: list[nn.Module], parts: list[Part | None]) -> int:
     """Where the part begins that a chain can be: [Flatten] Linear [ReLU] Linear ... at the end."""
     start = len(modules)
     for i, module in reversed(list(enumerate(modules))):
-        own, *hooks = _ways(module)
-        if any(hooks) or "forward" in own:
+        if not _is_plain(module):
             break
         if parts[i] is not None:
             start = i
