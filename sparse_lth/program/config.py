@@ -13,12 +13,12 @@ from torch import nn
 from ..masks import SCOPES
 from ..search import Search
 from ..weights import weight_layers
+from .data import SOURCES
 from .models import MODELS
 
 TRAIN_SPARSE = ("auto", "on", "off")
 DEVICES = ("cpu", "cuda")
-TRAIN_IMAGES = {"mnist": 55_000, "digits": 1_350}  # of each data set
-DATASETS = ("auto", *TRAIN_IMAGES)
+DATASETS = ("auto", *SOURCES)
 MOST = 10**9  # of epochs, steps and the like: what is more was not meant
 _STEPS = re.compile(r"([0-9]{1,9})(it|ep)")
 
