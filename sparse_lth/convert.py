@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from . import bsr
+from .huggingface import is_conv1d, refuse_from_pretrained
 from .kernels import backend
 from .layers import SparseLinear
 
@@ -96,6 +97,7 @@ def sparsify_(
             twins = (made.get(owner) for owner in owners[_parameter(layer)])
             made[layer] = _convert(layer, blocksize, next(filter(None, twins), None))
     replace(model, made)
+    refuse_from_pretrained(model)
     rows = tuple(_row(name, layer, made.get(layer), reasons[layer]) for name, layer in layers)
     result = made.get(model, model)
     _conversions[result] = Conversion(rows)
@@ -117,13 +119,7 @@ def replace(model: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
 
 
 def is_linear(layer: nn.Module | None) -> bool:
-    return isinstance(layer, nn.Linear) or _is_conv1d(layer)
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    """Hugging Face's, a linear layer that stores its weight as (in_features, out_features)."""
-    kind = type(layer)
-    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
 def _is_pruned(layer: nn.Module) -> bool:
@@ -137,7 +133,7 @@ def _parameter(layer: nn.Module) -> Tensor | None:
 
 def matrix(layer: nn.Module, tensor: Tensor) -> Tensor:
     """A tensor of the weight's shape as (out_features, in_features)."""
-    return tensor.t() if _is_conv1d(layer) else tensor
+    return tensor.t() if is_conv1d(layer) else tensor
 
 
 def _mask(layer: nn.Module) -> Tensor:
@@ -167,7 +163,7 @@ def _why_left(
         return "nn.MultiheadAttention reads the weight of out_proj and never calls the layer"
     if parametrize.is_parametrized(layer):
         return "it is parametrized: remove_parametrizations first"
-    if type(layer) is not nn.Linear and not _is_conv1d(layer):
+    if type(layer) is not nn.Linear and not is_conv1d(layer):
         return f"{type(layer).__name__} is a subclass of nn.Linear, with ways of its own"
     if "forward" in vars(layer):
         return "its forward was replaced"
@@ -228,7 +224,7 @@ def _why_tied(layer: nn.Module, owners: dict, reasons: dict[nn.Module, str]) -> 
             return f"its weight is tied to {type(owner).__name__}, which needs it dense"
         if reasons[owner]:
             return f"its weight is tied to a layer that is left: {reasons[owner]}"
-        if _is_conv1d(owner) != _is_conv1d(layer) or not torch.equal(_mask(owner), _mask(layer)):
+        if is_conv1d(owner) != is_conv1d(layer) or not torch.equal(_mask(owner), _mask(layer)):
             return "its weight is tied to a layer of another mask"
     return ""
 

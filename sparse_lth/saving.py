@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from .base import BLOCKS, BlockSparse, as_activation
 from .convert import is_linear, matrix, replace
 from .files import FormatError, TicketError, load_tensors, save_tensors
+from .huggingface import refuse_from_pretrained
 from .layers import SparseLinear
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {}  # of networks that a file can name
@@ -79,6 +80,7 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         replace(model, _sparse_layers(model, tensors, about["layers"]))
         _fill(model, tensors)
+        refuse_from_pretrained(model)
     except (RuntimeError, TypeError, ValueError) as error:
         for module, *own in before:
             module._modules, module._parameters, module._buffers = own
@@ -156,7 +158,8 @@ def _sparse_layers(
         if kind != "crow_indices" or layer in made or isinstance(layer, BlockSparse):
             continue
         if not is_linear(layer):
-            raise ValueError(f"{owner}: expected a linear layer, got {type(layer).__name__}")
+            what = "no module of this name" if layer is None else type(layer).__name__
+            raise ValueError(f"{owner}: expected a linear layer, got {what}")
         (outputs, inputs), bias = matrix(layer, layer.weight).shape, layer.bias
         given = {kind: tensors.get(_join(owner, kind)) for kind in (*BLOCKS, "bias")}
         try:
