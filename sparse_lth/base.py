@@ -252,7 +252,8 @@ class BlockSparse(nn.Module):
                 f"{type(self).__name__}: expected a dense tensor, got a nested one: give it "
                 f"x.to_padded_tensor(0.0), or its x.values()"
             )
-        if x.shape[-1] != self.in_features:
+        inputs = x.shape[-1]
+        if not isinstance(inputs, Tensor) and inputs != self.in_features:  # jit.trace has Tensors
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
         dtype = _autocast_dtype(x)
         x = x if dtype is None else x.to(dtype)
