@@ -207,6 +207,36 @@ def _traced_backward(ctx, grad):
 _linear.register_autograd(_traced_backward, setup_context=_save_traced)
 
 
+def _save_four(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _grad_input_backward(ctx, grad):
+    """Of grad @ weight; grad: (batch, in_features)"""
+    outer, values, *indices = ctx.saved_tensors
+    douter = dvalues = None
+    if ctx.needs_input_grad[0]:
+        douter = _linear(grad, values, *indices, None, outer.shape[1], "none")
+    if ctx.needs_input_grad[1]:
+        dvalues = _sddmm(outer, grad, *indices, *values.shape[1:])
+    return douter, dvalues, None, None, None
+
+
+def _sddmm_backward(ctx, grad):
+    """Of the gradient at the kept blocks; grad: (nnz, C, R)"""
+    outer, x, *indices = ctx.saved_tensors
+    douter = dx = None
+    if ctx.needs_input_grad[0]:
+        douter = _linear(x, grad, *indices, None, outer.shape[1], "none")
+    if ctx.needs_input_grad[1]:
+        dx = _linear_grad_input(outer, grad, *indices, x.shape[1])
+    return douter, dx, None, None, None, None
+
+
+_linear_grad_input.register_autograd(_grad_input_backward, setup_context=_save_four)
+_sddmm.register_autograd(_sddmm_backward, setup_context=_save_four)
+
+
 class _Linear(torch.autograd.Function):
     """The same for eager training."""
 
