@@ -121,6 +121,7 @@ def _state(model):
     return {**model.state_dict(), **dict(model.named_buffers())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIBRARIES.values(), ids=LIBRARIES)
 def test_a_new_process_computes_the_same_bits(name, tmp_path):
     model = sparse_model(name, "blocks")

@@ -52,6 +52,7 @@ def test_a_saved_folder_comes_back_by_load_sparse_only(name, shards, tmp_path):
         type(model).from_pretrained(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_no_process_mistakes_a_folder_for_a_dense_model(tmp_path):
     sparse_model("GPT-2", "blocks").save_pretrained(tmp_path)
     script = (

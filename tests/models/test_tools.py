@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_lth import SparseLinear, block_l1_unstructured, sparsify_
+from sparse_lth.kernels.linear_torch import ACTIVATIONS
 from tests.bounds import assert_as_exact_as
 
 B, IN, OUT = 5, 33, 40
@@ -128,14 +129,22 @@ def test_onnx_runtime_computes_the_same(model, tmp_path):
         )
 
 
-def test_double_backward_is_that_of_the_dense_layer():
-    layer = _layer().double()
-    dense = _dense(layer)
-    second = []
-    for each, weight in ((layer, layer.weight_values), (dense, dense.weight)):
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_double_backward_is_that_of_the_dense_layer(activation, exported):
+    layer = _layer(activation=activation).double()
+    called, dense = layer, _dense(layer)
+    if exported:  # without gradients, which leaves the op as one
+        with torch.no_grad():
+            called = torch.export.export(layer, (_x().double(),)).module()
+    after, second = ACTIVATIONS[activation], []
+    for call, module, weight in (
+        (called, called, called.weight_values),
+        (lambda x: after(dense(x)), dense, dense.weight),
+    ):
         x = _x().double().requires_grad_()
-        (dx,) = torch.autograd.grad(each(x).tanh().sum(), x, create_graph=True)
-        second.append(torch.autograd.grad(dx.square().sum(), (x, weight, each.bias)))
+        (dx,) = torch.autograd.grad(call(x).tanh().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(dx.square().sum(), (x, weight, module.bias)))
     (x, values, bias), (dense_x, weight, dense_bias) = second
     torch.testing.assert_close(x, dense_x)
     torch.testing.assert_close(bias, dense_bias)
@@ -336,6 +345,13 @@ def test_optimizers_move_the_kept_weights_as_in_a_masked_dense_layer(optimizer):
     weight = layer.to_dense().weight
     torch.testing.assert_close(weight, dense.weight_orig * mask)
     assert not weight[~mask].any()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_refuses_values():
+    layer = _layer()
+    with pytest.raises(ValueError, match="only supports 2D parameters"):
+        torch.optim.Muon(layer.parameters())
 
 
 def test_averaged_models_hold_the_average():
