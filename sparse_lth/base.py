@@ -50,7 +50,8 @@ class BlockSparse(nn.Module):
 
     These are ordinary tensors, so `state_dict`, `deepcopy`, `pickle`, optimizers, `.to()` and
     `torch.compile` work as on any module. Whatever is done to them is seen at the next call, which
-    checks the indices if they changed and raises ValueError where the tensors do not fit.
+    checks the indices if they changed and raises ValueError where the tensors do not fit. Only an
+    optimizer of matrices, such as Muon, is not for `weight_values`: each block is one of those.
     """
 
     _last: Snapshot | None = None
@@ -285,7 +286,8 @@ class BlockSparse(nn.Module):
             return self._traced_product(x, bias, activation)
         if x.is_nested:
             raise ValueError(NESTED)
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
+        inputs = x.shape[-1] if x.dim() else None  # under jit.trace it is a Tensor
+        if not isinstance(inputs, Tensor) and inputs != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
         dtype = _autocast_dtype(x)
         x = x if dtype is None else x.to(dtype)

@@ -13,6 +13,7 @@ from .base import BLOCKS, BlockSparse, as_activation
 from .bsr import blocksize_of
 from .convert import empty, is_weighted, replace
 from .files import FormatError, TicketError, load_tensors, save_tensors
+from .huggingface import refuse_from_pretrained
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {}  # of networks that a file can name
 
@@ -79,6 +80,7 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         replace(model, _sparse_layers(model, tensors, about["layers"]))
         _fill(model, tensors)
+        refuse_from_pretrained(model)
     except BaseException as error:
         for module, *own in before:
             module._modules, module._parameters, module._buffers = own
@@ -158,7 +160,8 @@ def _sparse_layers(
         if kind != "crow_indices" or layer in made or isinstance(layer, BlockSparse):
             continue
         if not is_weighted(layer):
-            raise ValueError(f"{owner}: expected a layer with a weight, got {type(layer).__name__}")
+            what = "no module of this name" if layer is None else type(layer).__name__
+            raise ValueError(f"{owner}: expected a layer with a weight, got {what}")
         bias, given = layer.bias, {k: tensors.get(_join(owner, k)) for k in (*BLOCKS, "bias")}
         try:
             if (bias is None) != (given["bias"] is None):
