@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def dense_of(layer, values, padding=0):
     """The (out_features, in_features) matrix of values (nnz, C, R) at the blocks of a layer."""
     (R, C), crow, col = layer.blocksize, layer.crow_indices.tolist(), layer.col_indices.tolist()
     full = values.new_zeros(layer.out_features + R, layer.in_features + C)
-    for r, (start, end) in enumerate(zip(crow, crow[1:], strict=False)):
+    for r, (start, end) in enumerate(pairwise(crow)):
         for n in range(start, end):
             full[r * R : (r + 1) * R, col[n] * C : (col[n] + 1) * C] = values[n].T
     return full[: layer.out_features, : layer.in_features]
@@ -56,7 +57,7 @@ def stored(layer, dense):
     return torch.stack(
         [
             full[r * R : (r + 1) * R, col[n] * C : (col[n] + 1) * C].T
-            for r, (start, end) in enumerate(zip(crow, crow[1:], strict=False))
+            for r, (start, end) in enumerate(pairwise(crow))
             for n in range(start, end)
         ]
         or [full.new_zeros(C, R)]
@@ -74,7 +75,7 @@ def a_mask(shape, blocksize, inside, choose):
 
 
 def fresh(dtype):
-    linears = (nn.Linear(*pair, dtype=dtype) for pair in zip(SIZES, SIZES[1:], strict=False))
+    linears = (nn.Linear(*pair, dtype=dtype) for pair in pairwise(SIZES))
     modules = [module for linear in linears for module in (linear, nn.ReLU())][:-1]
     return SparseSequential(*modules)
 
