@@ -1,10 +1,9 @@
 """Native kernels against dense and sparse peers on a CPU: `pytest benchmarks --benchmark-only`.
 
-Each round of a row runs the dense torch network too, so `speedup` is side by side. Peers that are
+Each turn of a row runs the dense torch network too, so `speedup` is side by side. Peers that are
 not installed are skipped.
 """
 
-import time
 from itertools import pairwise
 
 import pytest
@@ -13,10 +12,10 @@ from torch import nn
 
 from sparse_lth import SparseLinear, SparseSequential, kernels
 from sparse_lth.kernels import linear_native
+from sparse_lth.timing import in_turn
 
 BATCHES = [1, 16, 128, 1024, 8192]
-ROUND_SECONDS = 4e-3  # of dense calls; a round takes as many calls as fit
-ROUNDS = 15
+TURNS = 15
 LENET_TABLE = "LeNet-300-100: speedup over dense float32 torch"
 LENET = (784, 300, 100, 10)
 TICKETS = {  # (density, blocksize)
@@ -29,30 +28,18 @@ needs_native = pytest.mark.skipif(
 )
 
 
-def seconds(function, calls):
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
-
-
 def compare(benchmark, run, dense, **context):
-    """A row for run(), timed in turn with dense(); context goes to extra_info; the speedup."""
-    seconds(dense, 1)
-    calls = max(1, int(ROUND_SECONDS / seconds(dense, 3)))
-    ours, theirs = [], []
-    benchmark.pedantic(
-        lambda: ours.append(seconds(run, calls)),
-        setup=lambda: theirs.append(seconds(dense, calls)),
-        rounds=ROUNDS,
-        warmup_rounds=3,
-    )
-    p20, p50, p80 = torch.tensor(ours[3:]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    speedup = torch.tensor(theirs[3:]).median().item() / p50
+    """A row for run(), timed in turn with dense(); context goes to extra_info; the speedup.
+
+    The row has the times of the turns; what pytest-benchmark itself shows is one call.
+    """
+    times = in_turn({"ours": run, "dense": dense}, TURNS)
+    benchmark.pedantic(run)
+    ours, speedup = times["ours"], times["dense"].p50 / times["ours"].p50
     benchmark.extra_info.update(
         device=f"cpu, {torch.get_num_threads()} threads",
         **{"dtype": "float32", "blocksize": None, "density": 1.0, **context},
-        **{"p20 us": p20 * 1e6, "p50 us": p50 * 1e6, "p80 us": p80 * 1e6},
+        **{"p20 us": ours.p20 * 1e6, "p50 us": ours.p50 * 1e6, "p80 us": ours.p80 * 1e6},
         speedup=speedup,
     )
     return speedup
@@ -312,6 +299,5 @@ def name_of(blocksize):
 
 def relative_time(run, dense):
     """Median of run's times over dense's, the two in turn."""
-    times = torch.tensor([(seconds(run, 3), seconds(dense, 3)) for _ in range(ROUNDS)][3:])
-    ours, theirs = times.median(0).values.tolist()
-    return ours / theirs
+    times = in_turn({"ours": run, "dense": dense}, TURNS)
+    return times["ours"].p50 / times["dense"].p50

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from sparse_lth.lottery import State, masked_model, next_round, train_round
 from sparse_lth.program.config import RunConfig
 from sparse_lth.program.data import Dataset, Split, batches
+from sparse_lth.program.lottery import Lottery, begin_round, search_from
+from sparse_lth.program.models import MODELS
 from sparse_lth.program.training import make_step
 
 STEPS = 100
@@ -24,8 +25,8 @@ def test_step(benchmark, device, graphed):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(60 * STEPS, 1, 28, 28, generator=generator)
     labels = torch.randint(10, (60 * STEPS,), generator=generator)
-    split, state = Split(images.to(device), labels.to(device)), State.start(RunConfig())
-    model = masked_model("lenet-300-100", state.weights, state.masks).to(device)
+    split = Split(images.to(device), labels.to(device))
+    model = MODELS["lenet-300-100"].new(generator).to(device)
     optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=device == "cuda")
     step = make_step(model, optimizer, split)
     if device == "cuda" and not graphed:
@@ -58,8 +59,13 @@ def test_epoch(benchmark, tabulate, density, blocksize, train_sparse):
     config = RunConfig(
         epochs=4, prune_pc=prune_pc, prune_rounds=1, blocksize=blocksize, train_sparse=train_sparse
     )
-    state = State.start(config)
-    epochs = train_round(config, data, next_round(config, state) if density < 1 else state)
+    lottery = Lottery(config, data)
+    state = lottery.start()
+    if density < 1:
+        search = search_from(config, state, trained=True)
+        next(iter(search))
+        state = begin_round(state, search)
+    epochs = lottery.train(state.model(), state)
     benchmark.pedantic(lambda: next(epochs), rounds=3, warmup_rounds=1)
     benchmark.extra_info |= {
         "device": f"cpu, {torch.get_num_threads()} threads",

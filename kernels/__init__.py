@@ -5,15 +5,15 @@ do the same faster where they can, as `dispatch.py` decides. `linear` is what a 
 code, `traced_linear` where a compiler, tracer or transform looks on.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import linear_torch
+from .calls import Weights, any_autocast, grid_of, is_traced, is_transformed, plain
+from .conv2d_torch import Window
+from .convolution import conv2d, max_pooled_conv2d, traced_conv2d
 from .dispatch import TORCH, backend, backends, use_backend
 from .linear_native import Chain, ChainLayer
 from .pattern import Pattern, check_sizes, pattern_of
@@ -23,23 +23,19 @@ __all__ = [
     "ChainLayer",
     "Pattern",
     "Weights",
+    "Window",
     "any_autocast",
     "backend",
     "backends",
+    "conv2d",
     "is_traced",
     "linear",
+    "max_pooled_conv2d",
     "pattern_of",
+    "traced_conv2d",
     "traced_linear",
     "use_backend",
 ]
-
-
-class Weights(NamedTuple):
-    """What `linear` computes with: tensors that belong together, and no part of a graph."""
-
-    values: Tensor  # (nnz, C, R)
-    pattern: Pattern
-    bias: Tensor | None  # (out_features,)
 
 
 def linear(
@@ -72,14 +68,7 @@ def linear(
         t is not None and t.requires_grad for t in (x, values, bias)
     ):
         return _Linear.apply(x, values, bias, weights, out_features, activation)
-    return backend(x).linear(_plain(x), *weights, out_features, activation)
-
-
-def _plain(x: Tensor) -> Tensor:
-    """x as its memory says: no negation that is still to be done, no zeros without memory."""
-    if x.layout is not torch.strided or x.is_nested:
-        raise ValueError(f"expected a dense (strided) tensor, got {x.layout}, nested={x.is_nested}")
-    return x.clone() if x._is_zerotensor() else x.resolve_neg()
+    return backend(x).linear(plain(x), *weights, out_features, activation)
 
 
 def traced_linear(
@@ -96,40 +85,9 @@ def traced_linear(
     if activation == "gelu" and torch.is_grad_enabled():
         return F.gelu(traced_linear(x, values, crow_indices, col_indices, bias, out_features))
     compiling = torch.compiler.is_compiling()
-    seen_through = torch.onnx.is_in_onnx_export() if compiling else _transformed()
+    seen_through = torch.onnx.is_in_onnx_export() if compiling else is_transformed()
     call = linear_torch.definition if seen_through else torch.ops.sparse_lth.linear
     return call(x, values, crow_indices, col_indices, bias, out_features, activation)
-
-
-# They have no public name; a torch without them pays for the op, or the definition, in every call.
-_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
-_jit = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
-any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether a compiler, tracer, transform or mode wants to see an op. Eager code does without: a
-    registered op takes several us to call, and its autograd 100 us, more than a small layer."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or _jit()
-        or _modes() > 0
-        or _transform() is not None
-        or getattr(forward_ad, "_current_level", 0) >= 0
-    )
-
-
-def _transformed() -> bool:
-    """Whether under vmap, jvp, grad or forward-mode AD. They have no rules for a registered op,
-    and jvp drops its tangents without a word, but see through the definition in plain torch."""
-    return _transform() is not None or getattr(forward_ad, "_current_level", 0) >= 0
-
-
-def _grid(out_features: int, in_features: int, block: tuple[int, int]) -> tuple[int, int]:
-    C, R = block
-    return -(-out_features // R), -(-in_features // C)
 
 
 @torch.library.custom_op("sparse_lth::linear", mutates_args=())
@@ -142,7 +100,7 @@ def _linear(
     out_features: int,
     activation: str,
 ) -> Tensor:
-    grid = _grid(out_features, x.shape[1], values.shape[1:])
+    grid = grid_of(out_features, x.shape[1], values.shape[1:])
     pattern = pattern_of(crow_indices, col_indices, grid)
     with torch.no_grad():
         return linear(x, values, pattern, bias, out_features, activation)
@@ -152,18 +110,18 @@ def _linear(
 def _linear_grad_input(
     grad: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, in_features: int
 ) -> Tensor:
-    grid = _grid(grad.shape[1], in_features, values.shape[1:])
+    grid = grid_of(grad.shape[1], in_features, values.shape[1:])
     pattern = pattern_of(crow_indices, col_indices, grid)
     check_sizes(values, pattern, None, in_features, grad.shape[1])
-    return backend(grad).linear_grad_input(_plain(grad), values, pattern, in_features)
+    return backend(grad).linear_grad_input(plain(grad), values, pattern, in_features)
 
 
 @torch.library.custom_op("sparse_lth::sddmm", mutates_args=())
 def _sddmm(
     grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, C: int, R: int
 ) -> Tensor:
-    pattern = pattern_of(crow_indices, col_indices, _grid(grad.shape[1], x.shape[1], (C, R)))
-    return backend(grad).sddmm(_plain(grad), _plain(x), pattern, (C, R))
+    pattern = pattern_of(crow_indices, col_indices, grid_of(grad.shape[1], x.shape[1], (C, R)))
+    return backend(grad).sddmm(plain(grad), plain(x), pattern, (C, R))
 
 
 @_linear.register_fake
@@ -211,7 +169,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, weights, out_features, activation):
         # without a setup_context, for which torch inspects the signature in every call
-        y = backend(x).linear(_plain(x), *weights, out_features, activation)
+        y = backend(x).linear(plain(x), *weights, out_features, activation)
         ctx.pattern, ctx.has_bias = weights.pattern, bias is not None
         ctx.save_for_backward(x, values, y if activation == "relu" else None)
         return y
@@ -222,7 +180,7 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: autograd has to see through this gradient
             chosen = TORCH
         else:
-            grad, x = _plain(grad), _plain(x)
+            grad, x = plain(grad), plain(x)
         check_sizes(values, pattern, None, x.shape[1], grad.shape[1])
         dx = dvalues = dbias = None
         if y is not None:

@@ -10,18 +10,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import linear_native, linear_torch, sddmm_native, sddmm_torch
+from . import (
+    conv2d_native,
+    conv2d_torch,
+    linear_native,
+    linear_torch,
+    sddmm_native,
+    sddmm_torch,
+)
 
 
 class Backend(NamedTuple):
-    """One implementation of each operation, with the signatures of `linear_torch.py`."""
+    """One implementation of each operation, with the signatures of the files `*_torch.py`."""
 
     name: str
     linear: Callable[..., Tensor]
     linear_grad_input: Callable[..., Tensor]
     sddmm: Callable[..., Tensor]
+    conv2d: Callable[..., Tensor]
+    conv2d_grad_input: Callable[..., Tensor]
+    conv2d_grad_weight: Callable[..., Tensor]
     crossover: Callable[[int], float]  # block height R -> density up to which sparse is faster
     chains: bool = False  # whether several layers can run as one call
+    pools: bool = False  # whether its conv2d takes pool=2
 
 
 TORCH = Backend(
@@ -29,6 +40,9 @@ TORCH = Backend(
     linear_torch.linear,
     linear_torch.linear_grad_input,
     sddmm_torch.sddmm,
+    conv2d_torch.conv2d,
+    conv2d_torch.conv2d_grad_input,
+    conv2d_torch.conv2d_grad_weight,
     crossover=lambda R: 0.0,
 )
 NATIVE = Backend(
@@ -36,8 +50,13 @@ NATIVE = Backend(
     linear_native.linear,
     linear_native.linear_grad_input,
     sddmm_native.sddmm,
-    crossover=lambda R: 0.8 if R % 8 == 0 else 0.5,
+    conv2d_native.conv2d,
+    conv2d_native.conv2d_grad_input,
+    conv2d_native.conv2d_grad_weight,
+    # as measured on 784x300 and 1024x1024 layers at batch 1, 16 and 128: slower at none of them
+    crossover=lambda R: 0.7 if R % 16 == 0 else 0.5 if R % 8 == 0 else 0.3,
     chains=True,
+    pools=True,
 )
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -99,12 +118,15 @@ def triton_why_not(device: torch.device) -> str | None:
 @functools.cache
 def _triton() -> Backend:
     """Imported at the first call on a GPU: triton takes a second."""
-    from . import linear_triton, sddmm_triton
+    from . import conv2d_triton, linear_triton, sddmm_triton
 
     return Backend(
         "triton",
         linear_triton.linear,
         linear_triton.linear_grad_input,
         sddmm_triton.sddmm,
+        conv2d_triton.conv2d,
+        conv2d_triton.conv2d_grad_input,
+        conv2d_triton.conv2d_grad_weight,
         crossover=lambda R: 0.76 if R >= 128 else 0.45 if R >= 64 else 0.13,
     )

@@ -76,6 +76,9 @@ def held(t: Tensor) -> Tensor:
     return held.clone() if held._is_zerotensor() else held
 
 
+NESTED = "expected a dense tensor, got a nested one: give its x.values(), or x.to_padded_tensor(0)"
+
+
 class ChainLayer(NamedTuple):
     """One layer of a chain: a sparse one, or a dense one without a pattern."""
 
@@ -131,6 +134,8 @@ class Chain:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            raise ValueError(NESTED)
         shape = x.shape
         if not shape or shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(shape)}")

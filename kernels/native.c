@@ -15,7 +15,8 @@
         .name = #suffix, .lanes = LANES, .tall16 = tall16_##suffix, .tall8 = tall8_##suffix8,      \
         .wide = wide_##suffix, .single = single_##suffix, .transpose = transpose_##suffix,         \
         .sddmm_tall16 = sddmm_tall16_##suffix, .sddmm_tall8 = sddmm_tall8_##suffix8,               \
-        .sddmm_wide = sddmm_wide_##suffix                                                          \
+        .sddmm_wide = sddmm_wide_##suffix, .conv = conv_##suffix, .pool = pool_##suffix,           \
+        .conv_grad_input = conv_grad_input_##suffix, .conv_grad_weight = conv_grad_weight_##suffix \
     }
 
 #define NAME(f) f##_baseline
@@ -28,6 +29,7 @@
 #endif
 #include "linear_cpu.c"
 #include "sddmm_cpu.c"
+#include "conv_cpu.c"
 static const Kernels kernels_baseline = TABLE(baseline, baseline);
 #include "undefine.h"
 
@@ -38,6 +40,7 @@ static const Kernels kernels_baseline = TABLE(baseline, baseline);
 #define ROWS 6
 #include "linear_cpu.c"
 #include "sddmm_cpu.c"
+#include "conv_cpu.c"
 static const Kernels kernels_avx2 = TABLE(avx2, avx2);
 #include "undefine.h"
 
@@ -47,6 +50,7 @@ static const Kernels kernels_avx2 = TABLE(avx2, avx2);
 #define ROWS 14
 #include "linear_cpu.c"
 #include "sddmm_cpu.c"
+#include "conv_cpu.c"
 static const Kernels kernels_avx512 = TABLE(avx512, avx2);
 #include "undefine.h"
 #endif
@@ -69,6 +73,7 @@ static void find_usable(void)
 }
 
 #include "batch.c"
+#include "conv.c"
 
 /* Reads exactly n ints; 0, or -1 with an exception set. */
 static int ints(PyObject *const *args, Py_ssize_t nargs, Py_ssize_t n, long long *to)
@@ -247,11 +252,15 @@ static PyObject *py_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t narg
     return none_or_no_memory(failed);
 }
 
+#include "conv_calls.c"
 
 static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))py_forward, METH_FASTCALL, NULL},
     {"grad_input", (PyCFunction)(void (*)(void))py_grad_input, METH_FASTCALL, NULL},
     {"sddmm", (PyCFunction)(void (*)(void))py_sddmm, METH_FASTCALL, NULL},
+    {"conv_forward", (PyCFunction)(void (*)(void))py_conv_forward, METH_FASTCALL, NULL},
+    {"conv_grad_input", (PyCFunction)(void (*)(void))py_conv_grad_input, METH_FASTCALL, NULL},
+    {"conv_grad_weight", (PyCFunction)(void (*)(void))py_conv_grad_weight, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -55,6 +55,15 @@ typedef struct {
     /* outputs begin .. end, for a panel: grad (out, lanes), x (in, lanes), 1 to 8 times `lanes` */
     void (*sddmm_wide)(const Gradient *, int64_t begin, int64_t end, const float *grad,
                        const float *x, int64_t lanes, int first);
+    /* convolutions: offsets (in,) into x, vectors of positions; see conv_cpu.c */
+    int (*conv)(const Layer *, const int32_t *offsets, int64_t o, const float *x, int64_t vectors,
+                float *y);
+    void (*pool)(float *y, int64_t ldy, int64_t rows, int64_t columns);
+    void (*conv_grad_input)(const Layer *, const int32_t *slots, const int32_t *offsets,
+                            int64_t begin, int64_t end, const float *grad, int64_t ldg,
+                            int64_t vectors, float *dx);
+    void (*conv_grad_weight)(const Gradient *, const int32_t *offsets, int64_t o, const float *grad,
+                             const float *x, int64_t vectors);
 } Kernels;
 
 /* Threads. `task(arg, i, worker)` runs once for each i < tasks; workers take the next i as they

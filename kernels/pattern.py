@@ -104,6 +104,11 @@ def check_sizes(
     out_features: int,
 ) -> None:
     """ValueError unless a kernel that trusts these sizes stays within each of the tensors."""
+    if pattern.crow_indices.device != values.device:
+        raise ValueError(
+            f"expected indices on {values.device}, as the values are, "
+            f"got {pattern.crow_indices.device}"
+        )
     nnz, C, R = values.shape
     grid, blocks = (-(-out_features // R), -(-in_features // C)), len(pattern.col_indices)
     if (nnz, grid) != (blocks, pattern.grid):

@@ -11,8 +11,12 @@ def sddmm(grad: Tensor, x: Tensor, pattern: Pattern, block: tuple[int, int]) -> 
 
     grad: (batch, out_features); x: (batch, in_features) -> (nnz, C, R)
     """
+    return kept_blocks(grad.t() @ x, pattern, block)
+
+
+def kept_blocks(dense: Tensor, pattern: Pattern, block: tuple[int, int]) -> Tensor:
+    """dense: (out_features, in_features); block: (C, R) -> (nnz, C, R), zero in the padding"""
     (block_rows, block_cols), (C, R) = pattern.grid, block
-    dense = grad.t() @ x  # (out_features, in_features)
-    padding = (0, block_cols * C - x.shape[1], 0, block_rows * R - grad.shape[1])
+    padding = (0, block_cols * C - dense.shape[1], 0, block_rows * R - dense.shape[0])
     blocks = F.pad(dense, padding).view(block_rows, R, block_cols, C)
     return blocks.permute(0, 2, 3, 1)[pattern.row_indices, pattern.col_indices].contiguous()

@@ -1,28 +1,42 @@
 """Find lottery tickets, run them as block-sparse layers, measure whether they are faster."""
 
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
-_root = Path(__file__).parent.parent
-if (_root / "pyproject.toml").exists():  # a checkout: `sparse_lth.kernels` is its kernels/ folder
-    __path__.append(str(_root))
+if find_spec(f"{__name__}.kernels") is None:  # a checkout: it is the kernels/ folder beside this
+    _folder = Path(__file__).parent.parent / "kernels"
+    _spec = spec_from_file_location(
+        f"{__name__}.kernels", _folder / "__init__.py", submodule_search_locations=[str(_folder)]
+    )
+    sys.modules[_spec.name] = kernels = module_from_spec(_spec)
+    _spec.loader.exec_module(kernels)
 
-from .convert import Conversion, conversion, sparsify_  # noqa: E402
-from .kernels import backends  # noqa: E402
-from .layers import SparseLinear  # noqa: E402
-from .masks import block_l1_unstructured  # noqa: E402
-from .saving import load_sparse, save_sparse  # noqa: E402
-from .sequential import SparseSequential  # noqa: E402
-from .ticket import Ticket, TicketError  # noqa: E402
+from .conv import SparseConv2d
+from .convert import Conversion, conversion, sparsify_
+from .kernels import backends
+from .layers import SparseLinear
+from .masks import block_l1_unstructured
+from .program import models as _models  # noqa: F401, whose networks load_sparse can name
+from .saving import load_sparse, save_sparse
+from .search import Search, find_ticket
+from .sequential import SparseSequential
+from .ticket import Ticket, TicketError
+from .timing import benchmark
 
 __all__ = [
     "Conversion",
+    "Search",
+    "SparseConv2d",
     "SparseLinear",
     "SparseSequential",
     "Ticket",
     "TicketError",
     "backends",
+    "benchmark",
     "block_l1_unstructured",
     "conversion",
+    "find_ticket",
     "load_sparse",
     "save_sparse",
     "sparsify_",

@@ -18,6 +18,7 @@ from .kernels import (
     pattern_of,
     traced_linear,
 )
+from .kernels.linear_native import NESTED
 from .kernels.linear_torch import ACTIVATIONS, to_dense
 from .kernels.pattern import check_sizes
 from .optimizers import forget
@@ -172,6 +173,49 @@ class BlockSparse(nn.Module):
         starts = torch.arange(0, rows * cols + 1, cols, device="cpu")
         self._set_indices(torch.searchsorted(kept, starts).int(), (kept % cols).int())
 
+    def _hold(
+        self,
+        weight_values: Tensor,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        bias: Tensor | None = None,
+        weight_kept: Tensor | None = None,
+    ):
+        """Takes these tensors, in the format of the class, in place of what the layer has, and
+        returns the layer; ValueError if they do not fit."""
+        shape = self.out_features, self.in_features
+        bsr.validate(weight_values, crow_indices, col_indices, shape)
+        if weight_values.shape[:0:-1] != self.blocksize:
+            raise ValueError(
+                f"expected blocks of {self.blocksize}, got {tuple(weight_values.shape[:0:-1])}"
+            )
+        if bias is not None and (bias.shape, bias.dtype) != (shape[:1], weight_values.dtype):
+            raise ValueError(
+                f"expected a bias of shape ({self.out_features},) and {weight_values.dtype}, "
+                f"got {tuple(bias.shape)} and {bias.dtype}"
+            )
+        _check_kept(weight_kept, weight_values)
+        for name, tensor in (("weight_values", weight_values), ("bias", bias)):
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor)
+            self.register_parameter(name, tensor)
+        self._set_indices(crow_indices, col_indices, weight_kept)
+        return self
+
+    def _hold_dense(self, weight: Tensor, bias: Tensor | None, mask: Tensor, promised: bool):
+        """Takes a copy of the dense (out_features, in_features) weight under the mask.
+
+        promised: whether what the mask prunes inside a kept block is to stay 0 in training
+        """
+        blocks = bsr.from_dense(weight.detach(), mask, self.blocksize)
+        kept = bsr.kept_in_blocks(mask, blocks) if promised else None
+        copied = None if bias is None else bias.detach().clone()
+        self._hold(*blocks, copied, kept)
+        self.weight_values.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            self.bias.requires_grad_(bias.requires_grad)
+        return self
+
     def _set_indices(self, crow_indices: Tensor, col_indices: Tensor, kept: Tensor | None = None):
         for name, tensor in zip(INDEX_NAMES, (crow_indices, col_indices, kept), strict=True):
             setattr(self, name, None if tensor is None else tensor.to(self.weight_values.device))
@@ -242,10 +286,7 @@ class BlockSparse(nn.Module):
         if isinstance(x, Proxy):  # of torch.fx, which has no shape yet
             return self._traced_product(x, bias, activation)
         if x.is_nested:
-            raise ValueError(
-                f"{type(self).__name__}: expected a dense tensor, got a nested one: give it "
-                f"x.to_padded_tensor(0.0), or its x.values()"
-            )
+            raise ValueError(NESTED)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
         dtype = _autocast_dtype(x)
@@ -257,21 +298,31 @@ class BlockSparse(nn.Module):
                 )
             return self._traced_product(x, bias, activation, dtype)
         with _changing:  # tensors of one moment
-            values, pattern = self.masked_values(), self._snapshot().pattern
-            if dtype is not None:
-                values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
-            weights = Weights(values.data, pattern, None if bias is None else bias.data)
+            values, bias = self._operands(bias, dtype)
+            weights = self._weights(values, bias)
         flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        y = linear(flat, values, pattern, bias, self.out_features, activation, weights)
+        y = linear(flat, values, weights.pattern, bias, self.out_features, activation, weights)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _traced_product(self, x, bias, activation, dtype=None):
-        values = self.masked_values()
-        if dtype is not None:
-            values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
+        values, bias = self._operands(bias, dtype)
         flat, indices = x.reshape(-1, self.in_features), (self.crow_indices, self.col_indices)
         y = traced_linear(flat, values, *indices, bias, self.out_features, activation)
         return y.view(x.shape[:-1] + (self.out_features,))  # noqa: RUF005, a Proxy has no length
+
+    def _operands(
+        self, bias: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """values and bias as autograd sees them, in another dtype if one is given"""
+        values = self.masked_values()
+        if dtype is None:
+            return values, bias
+        return values.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _weights(self, values: Tensor, bias: Tensor | None) -> Weights:
+        """The numbers of both with the pattern; `_changing` is to be held from where they come."""
+        numbers = None if bias is None else bias.data
+        return Weights(values.data, self._snapshot().pattern, numbers)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_last"}
@@ -308,7 +359,10 @@ class BlockSparse(nn.Module):
         with _changing:
             if blocks is not None:
                 self._take_blocks(*blocks, local_metadata.get("assign_to_params_buffers", False))
-            return super()._load_from_state_dict(state_dict, prefix, *rest)
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        if blocks is not None:
+            forget(self.weight_values)
+        return None
 
     def _checked_blocks(
         self, given: dict[str, Tensor | None], bias: Tensor | None
@@ -349,7 +403,6 @@ class BlockSparse(nn.Module):
             self.weight_values = nn.Parameter(room, parameter.requires_grad)
         else:
             parameter.grad, parameter.data = None, room
-            forget(parameter)
             if bias is not None:
                 bias.data = bias.data.clone()
         self._set_indices(crow.clone(), col.clone(), None if kept is None else kept.clone())

@@ -31,6 +31,16 @@ def grid_shape(shape: tuple[int, int], blocksize: tuple[int, int]) -> tuple[int,
     return -(-shape[0] // blocksize[0]), -(-shape[1] // blocksize[1])
 
 
+def blocksize_of(values: Tensor) -> tuple[int, int]:
+    """(R, C) of values (nnz, C, R); ValueError for a tensor of another form."""
+    if values.dim() != 3 or not values.is_floating_point() or 0 in values.shape[1:]:
+        raise ValueError(
+            f"expected floating-point values of shape (nnz_blocks, C, R), "
+            f"got {values.dtype} of shape {tuple(values.shape)}"
+        )
+    return values.shape[2], values.shape[1]
+
+
 def blocks_of(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
     """weight: (out_features, in_features) -> (block_rows, block_cols, C, R), zero-padded"""
     (R, C), (rows, cols) = blocksize, grid_shape(weight.shape, blocksize)
@@ -72,10 +82,5 @@ def validate(
 
     The kernels trust the indices: a bad column would read memory that is not theirs.
     """
-    if values.dim() != 3 or not values.is_floating_point() or 0 in values.shape[1:]:
-        raise ValueError(
-            f"expected floating-point values of shape (nnz_blocks, C, R), "
-            f"got {values.dtype} of shape {tuple(values.shape)}"
-        )
-    nnz, C, R = values.shape
-    check_indices(crow_indices, col_indices, grid_shape(shape, (R, C)), nnz)
+    grid = grid_shape(shape, blocksize_of(values))
+    check_indices(crow_indices, col_indices, grid, len(values))

@@ -9,9 +9,12 @@ from warnings import warn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize, prune
 
 from . import bsr
+from .base import BlockSparse
+from .conv import SparseConv2d
 from .kernels import backend
 from .layers import SparseLinear
 
@@ -23,14 +26,14 @@ class Row(NamedTuple):
 
     name: str
     layer: str  # its class before
-    shape: tuple[int, ...]  # (out_features, in_features)
+    shape: tuple[int, ...]  # (out_features, in_features), of a convolution (channels, c * kernel)
     density: float | None  # stored / all weights; None where it was left
     reason: str  # why it was left; "" where it was converted
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `sparsify_` did with each linear layer of a model; printed, it is a table."""
+    """What `sparsify_` did with each layer of a model that it could convert; printed, a table."""
 
     rows: tuple[Row, ...]
 
@@ -66,13 +69,15 @@ def sparsify_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     max_density: float | None = None,
 ) -> nn.Module:
-    """Replaces, in place, the pruned linear layers of a model by `SparseLinear`.
+    """Replaces, in place, the pruned linear layers of a model by `SparseLinear`, and its pruned
+    convolutions by `SparseConv2d`.
 
     A layer is pruned where `torch.nn.utils.prune` masks it, and what is masked stays 0 in training,
     or where its weight has zeros. It is converted if one of its blocks is empty and at most the
     fraction `max_density` of them is not: by default, the density up to which a sparse layer is
     the faster one on its device and in its dtype; 1.0 converts all that have an empty block.
-    `nn.Linear` and Hugging Face's `Conv1D` are converted, other classes are left.
+    `nn.Linear`, `nn.Conv2d` of one group and Hugging Face's `Conv1D` are converted, other classes
+    are left.
 
     Hooks, flags, attributes, the bias and tied weights are kept. All of the layers are replaced, or
     none and an error. filter_fn(module, name) says which may be, by default all. Returns `model`,
@@ -80,7 +85,7 @@ def sparsify_(
     and a warning where none was converted. Make optimizers after it: it makes new Parameters.
     """
     blocksize = bsr.as_blocksize(blocksize)
-    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if is_linear(m)]
+    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if is_weighted(m)]
     owners, reasons, made = _owners(model), {}, {}
     for name, layer in layers:
         if filter_fn is not None and not filter_fn(layer, name):
@@ -101,7 +106,7 @@ def sparsify_(
     _conversions[result] = Conversion(rows)
     if not made:
         common = Counter(row.reason for row in rows).most_common(1)
-        why = common[0][0] if common else "it has no linear layer"
+        why = common[0][0] if common else "it has no linear layer or convolution"
         warn(f"sparsify_ converted no layer of {type(model).__name__}: {why}", stacklevel=2)
     return result
 
@@ -116,8 +121,17 @@ def replace(model: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
                 parent._modules[name] = made[child]
 
 
-def is_linear(layer: nn.Module | None) -> bool:
-    return isinstance(layer, nn.Linear) or _is_conv1d(layer)
+def is_weighted(layer: nn.Module | None) -> bool:
+    """Whether it is of a kind that might be converted."""
+    return isinstance(layer, nn.Linear | _ConvNd) or _is_conv1d(layer)
+
+
+def empty(layer: nn.Module, blocksize: tuple[int, int]) -> BlockSparse:
+    """What takes the place of the layer, without a block or a number."""
+    if isinstance(layer, nn.Conv2d):
+        return SparseConv2d.empty(layer, blocksize)
+    shape = _matrix(layer, _parameter(layer)).shape
+    return SparseLinear.empty(*shape[::-1], blocksize)
 
 
 def _is_conv1d(layer: nn.Module) -> bool:
@@ -135,15 +149,15 @@ def _parameter(layer: nn.Module) -> Tensor | None:
     return layer._parameters.get("weight_orig" if _is_pruned(layer) else "weight")
 
 
-def matrix(layer: nn.Module, tensor: Tensor) -> Tensor:
+def _matrix(layer: nn.Module, tensor: Tensor) -> Tensor:
     """A tensor of the weight's shape as (out_features, in_features)."""
-    return tensor.t() if _is_conv1d(layer) else tensor
+    return tensor.t() if _is_conv1d(layer) else tensor.flatten(1)
 
 
 def _mask(layer: nn.Module) -> Tensor:
     """(out_features, in_features), True where kept: by torch's prune, or where it is not zero."""
     mask = layer.weight_mask if _is_pruned(layer) else layer.weight
-    return matrix(layer, mask.detach() != 0)
+    return _matrix(layer, mask.detach() != 0)
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[nn.Module]]:
@@ -167,8 +181,10 @@ def _why_left(
         return "nn.MultiheadAttention reads the weight of out_proj and never calls the layer"
     if parametrize.is_parametrized(layer):
         return "it is parametrized: remove_parametrizations first"
-    if type(layer) is not nn.Linear and not _is_conv1d(layer):
-        return f"{type(layer).__name__} is a subclass of nn.Linear, with ways of its own"
+    if type(layer) not in (nn.Linear, nn.Conv2d) and not _is_conv1d(layer):
+        return f"{type(layer).__name__} is neither nn.Linear nor nn.Conv2d itself"
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        return f"it is a convolution of {layer.groups} groups"
     if "forward" in vars(layer):
         return "its forward was replaced"
     weight = _parameter(layer)
@@ -228,20 +244,17 @@ def _why_tied(layer: nn.Module, owners: dict, reasons: dict[nn.Module, str]) -> 
             return f"its weight is tied to {type(owner).__name__}, which needs it dense"
         if reasons[owner]:
             return f"its weight is tied to a layer that is left: {reasons[owner]}"
-        if _is_conv1d(owner) != _is_conv1d(layer) or not torch.equal(_mask(owner), _mask(layer)):
+        if type(owner) is not type(layer) or not torch.equal(_mask(owner), _mask(layer)):
             return "its weight is tied to a layer of another mask"
     return ""
 
 
-def _convert(
-    layer: nn.Module, blocksize: tuple[int, int], twin: SparseLinear | None
-) -> SparseLinear:
+def _convert(layer: nn.Module, blocksize: tuple[int, int], twin: BlockSparse | None) -> BlockSparse:
     """The layer's function on stored blocks; `twin` is what a layer tied to it became."""
     weight, mask = _parameter(layer), _mask(layer)
-    blocks = bsr.from_dense(matrix(layer, weight.detach()), mask, blocksize)
+    blocks = bsr.from_dense(_matrix(layer, weight.detach()), mask, blocksize)
     kept = bsr.kept_in_blocks(mask, blocks) if _is_pruned(layer) else None
-    sparse = SparseLinear._from_blocks(*mask.shape[::-1], *blocks, layer.bias, kept)
-    sparse.bias = layer.bias
+    sparse = empty(layer, blocksize)._hold(*blocks, layer.bias, kept)
     if twin is not None:
         sparse.weight_values = twin.weight_values
     else:
@@ -250,21 +263,21 @@ def _convert(
     return sparse
 
 
-_DENSE_NAMES = {*vars(nn.Linear(1, 1, device="meta")), "nf", "nx"}
+_STATE = vars(nn.Module()).keys()  # hooks, flags and the dicts of what a module holds
+_TENSORS = ("_parameters", "_buffers", "_modules")
+_DENSE = (nn.Linear(1, 1, device="meta"), nn.Conv2d(1, 1, 1, device="meta"))
+_DENSE_NAMES = {"weight", "nf", "nx"}.union(*map(vars, _DENSE))
 _DENSE_TENSORS = {"weight", "bias", "weight_orig", "weight_mask"}
-_OWN_NAMES = {*dir(SparseLinear(1, 1, density=0.0, device="meta"))} - {*dir(nn.Module)}
+_OWN_NAMES = {name for layer in _DENSE for name in dir(empty(layer, (1, 1)))} - {*dir(nn.Module)}
 
 
 def _added(layer: nn.Module) -> set[str]:
     """Names of the attributes, parameters, buffers and modules that somebody put on a layer."""
-    names = vars(layer).keys() - _DENSE_NAMES - {"weight"}
+    names = vars(layer).keys() - _DENSE_NAMES
     return names.union(*(getattr(layer, kind).keys() - _DENSE_TENSORS for kind in _TENSORS))
 
 
-_TENSORS = ("_parameters", "_buffers", "_modules")
-
-
-def _carry(old: nn.Module, new: SparseLinear) -> None:
+def _carry(old: nn.Module, new: BlockSparse) -> None:
     """Gives `new` all that `old` has besides its weight: hooks, flags, what somebody put there."""
     added = _added(old)
     for name, value in vars(old).items():
@@ -272,7 +285,7 @@ def _carry(old: nn.Module, new: SparseLinear) -> None:
             getattr(new, name).update({n: t for n, t in value.items() if n in added})
         elif name == "_non_persistent_buffers_set":
             new._non_persistent_buffers_set |= value
-        elif name in added or name not in {"weight", "in_features", "out_features", "nf", "nx"}:
+        elif name in _STATE or name in added:
             vars(new)[name] = value
     for key, hook in list(new._forward_pre_hooks.items()):
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight":
@@ -282,7 +295,7 @@ def _carry(old: nn.Module, new: SparseLinear) -> None:
             hook.module = weakref.ref(new)
 
 
-def _row(name: str, layer: nn.Module, sparse: SparseLinear | None, reason: str) -> Row:
+def _row(name: str, layer: nn.Module, sparse: BlockSparse | None, reason: str) -> Row:
     weight = _parameter(layer)
-    shape = () if weight is None else tuple(matrix(layer, weight).shape)
+    shape = () if weight is None else tuple(_matrix(layer, weight).shape)
     return Row(name, type(layer).__name__, shape, sparse and sparse.density, reason)

@@ -2,12 +2,17 @@
 
 import json
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
+
+DEPTH = 16  # levels of JSON: what we write has five
+SMALL = 1 << 20  # bytes; a file of settings has a few hundred
 
 
 class FormatError(ValueError):
@@ -32,10 +37,70 @@ def write(path: str | Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+        raise
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a `write` that was killed has left there, or one that goes on now is writing."""
+    return list(folder.glob(f".*.{'[0-9a-f]' * 32}.part"))
+
+
+def file_size(path: str | Path) -> int:
+    """In bytes. OSError if it is absent, FormatError for a folder, a pipe or a device."""
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise FormatError(f"{path}: expected a file, got a folder, a pipe or a device")
+    return about.st_size
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a small file; OSError, or FormatError for anything else."""
+    if (size := file_size(path)) > SMALL:
+        raise FormatError(f"{path}: expected at most {SMALL} bytes of JSON, got {size}")
+    try:
+        return parse_json(Path(path).read_bytes())
+    except ValueError as error:
+        raise FormatError(f"{path}: expected a JSON object: {error}") from error
+
+
+def parse_json(text: str | bytes) -> dict:
+    """A JSON object of integers of 64 bits and text in UTF-8, nested at most DEPTH deep.
+
+    Raises only ValueError: whoever reads the values need fear none of them.
+    """
+    try:
+        value = json.loads(text, parse_int=_parse_int)
+    except RecursionError:
+        raise ValueError(f"expected at most {DEPTH} levels") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    _check_json(value, DEPTH)
+    return value
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 20 or abs(int(digits)) >= 2**63:
+        raise ValueError(f"expected integers of 64 bits, got {digits[:40]}")
+    return int(digits)
+
+
+def _check_json(value: object, levels: int) -> None:
+    if isinstance(value, str):
+        value.encode()  # raises for half a surrogate pair, which JSON can spell
+    if not isinstance(value, dict | list):
+        return
+    if levels == 0:
+        raise ValueError(f"expected at most {DEPTH} levels")
+    for child in value:
+        _check_json(child, levels - 1)
+    if isinstance(value, dict):
+        for child in value.values():
+            _check_json(child, levels - 1)
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], about: dict) -> None:
@@ -46,14 +111,18 @@ def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], about:
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
-    """(tensors on the CPU, about); FormatError for a file that is not whole or of another kind."""
+    """(tensors on the CPU, about), the latter as of `parse_json`.
+
+    Raises OSError if the file cannot be read, FormatError if it is not whole or of another kind.
+    """
+    file_size(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[f"sparse_lth.{kind}"])
+            about = parse_json((file.metadata() or {})[f"sparse_lth.{kind}"])
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except FileNotFoundError:
+    except OSError:
         raise
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    except Exception as error:  # of a damaged file safetensors and torch raise many kinds
         raise FormatError(f"{path}: expected a sparse_lth {kind}, got {error!r}") from error
 
 

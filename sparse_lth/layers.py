@@ -52,14 +52,8 @@ class SparseLinear(BlockSparse):
             raise ValueError(
                 f"expected a mask of shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
             )
-        blocks = bsr.from_dense(weight.detach(), mask, bsr.as_blocksize(blocksize))
-        kept = None if promised is None else bsr.kept_in_blocks(mask, blocks)
-        copied = None if bias is None else bias.detach().clone()
-        layer = cls._from_blocks(*weight.shape[::-1], *blocks, copied, kept)
-        layer.weight_values.requires_grad_(weight.requires_grad)
-        if bias is not None:
-            layer.bias.requires_grad_(bias.requires_grad)
-        return layer
+        layer = cls.empty(*weight.shape[::-1], bsr.as_blocksize(blocksize))
+        return layer._hold_dense(weight, bias, mask, promised is not None)
 
     @classmethod
     def from_bsr(cls, weight, bias: Tensor | None = None) -> "SparseLinear":
@@ -81,7 +75,8 @@ class SparseLinear(BlockSparse):
         indices = (t.to(torch.int32) for t in (weight.crow_indices(), weight.col_indices()))
         copied = None if bias is None else bias.detach().clone()
         values = values.clone(memory_format=torch.contiguous_format)
-        return cls._from_blocks(*weight.shape[::-1], values, *indices, copied)
+        layer = cls.empty(*weight.shape[::-1], bsr.blocksize_of(values))
+        return layer._hold(values, *indices, copied)
 
     def to_bsr(self) -> Tensor:
         """The weight in torch's BSR layout; ValueError where the blocks do not divide it."""
@@ -103,31 +98,9 @@ class SparseLinear(BlockSparse):
         return bsr_array(tuple(parts), shape=tuple(weight.shape))
 
     @classmethod
-    def _from_blocks(
-        cls,
-        in_features: int,
-        out_features: int,
-        weight_values: Tensor,
-        crow_indices: Tensor,
-        col_indices: Tensor,
-        bias: Tensor | None = None,
-        weight_kept: Tensor | None = None,
-        activation: str = "none",
-    ) -> "SparseLinear":
-        """A layer on these tensors, in the format of the class; ValueError if they do not fit."""
-        bsr.validate(weight_values, crow_indices, col_indices, (out_features, in_features))
-        if bias is not None and (bias.shape, bias.dtype) != ((out_features,), weight_values.dtype):
-            raise ValueError(
-                f"expected a bias of shape ({out_features},) and {weight_values.dtype}, "
-                f"got {tuple(bias.shape)} and {bias.dtype}"
-            )
-        _, C, R = weight_values.shape
-        layer = cls(in_features, out_features, bias is not None, (R, C), 0.0, activation, "meta")
-        layer.weight_values = nn.Parameter(weight_values)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias)
-        layer._set_indices(crow_indices, col_indices, weight_kept)
-        return layer
+    def empty(cls, in_features: int, out_features: int, blocksize: tuple[int, int]):
+        """A layer without a block or a number, on the meta device."""
+        return cls(in_features, out_features, False, blocksize, density=0.0, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features), in the weight's dtype unless under autocast -> (..., outputs)"""

@@ -1,10 +1,10 @@
-"""Scores to masks: which weights, or blocks of them, are kept.
+"""Scores to masks: which weights, or blocks of them, are kept, and how many.
 
 Masks are bool, True = kept, and are returned, never edited. A convolution's weight counts as the
-(out_channels, in_channels * kernel) matrix.
+(out_channels, in_channels * kernel) matrix. A density is kept / all weights of a layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,25 @@ from torch.nn.utils import prune
 
 from .bsr import blocks_of
 
+Masks = dict[str, Tensor]  # bool, by layer name
+SCOPES = ("layerwise", "global")
 
-def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear and convolutional layers by name, in order; the last is the output layer."""
-    kinds = (nn.Linear, nn.Conv2d)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+# What gives a weight its score, by name: the weights of a layer as trained and as rewound to, and
+# a generator that is seeded alike in every round -> scores of the same shape.
+CRITERIA: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
+    "magnitude": lambda weight, init, generator: weight.abs(),
+    # How far training moved it away from zero: the sum over steps of -gradient * weight (Sanh et
+    # al., arXiv 2005.07683), which for steps along -gradient telescopes to this.
+    "movement": lambda weight, init, generator: weight.square() - init.square(),
+    "random": lambda weight, init, generator: torch.rand(weight.shape, generator=generator),
+}
 
 
-def block_scores(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
-    """Mean magnitude of each block's weights, padding not counted -> (block_rows, block_cols)"""
-    matrix = weight.detach().flatten(1)
-    total = blocks_of(matrix.abs(), blocksize).sum((2, 3))
+def block_means(scores: Tensor, blocksize: tuple[int, int]) -> Tensor:
+    """Of each block, padding not counted, in at least float32 -> (block_rows, block_cols)"""
+    matrix = scores.detach().flatten(1)
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    total = blocks_of(matrix, blocksize).sum((2, 3))
     return total / blocks_of(torch.ones_like(matrix), blocksize).sum((2, 3))
 
 
@@ -40,56 +48,85 @@ def expand(block_mask: Tensor, blocksize: tuple[int, int], shape: torch.Size) ->
     return mask[: matrix[0], : matrix[1]].reshape(shape)
 
 
+def highest_masks(
+    scores: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    densities: Mapping[str, float],
+    blocksize: tuple[int, int] = (1, 1),
+    scope: str = "layerwise",
+) -> Masks:
+    """The masks of the next round: the blocks of highest mean score among those that `masks` keep.
+
+    densities: of each layer that is pruned. Together the layers keep the sum of density * weights,
+    as near as whole blocks come to it; of equal blocks those that come first. In layerwise scope
+    each layer keeps its own share, to one block, and at least one block; in global scope the
+    layers compete. ValueError where a score is not finite.
+    """
+    kept, wanted = {}, 0.0
+    for names in [[*densities]] if scope == "global" else [[name] for name in densities]:
+        means = {name: block_means(scores[name], blocksize) for name in names}
+        for name, mean in means.items():
+            if not mean.isfinite().all():
+                raise ValueError(f"expected finite scores for {name}: did its training diverge?")
+        alive = [blocks_of(masks[name].flatten(1), blocksize).sum((2, 3)) for name in names]
+        sizes = torch.cat([size.flatten() for size in alive])
+        flat = torch.cat([mean.flatten() for mean in means.values()])
+        flat = torch.where(sizes > 0, flat, -torch.inf)
+        sizes = sizes[flat.argsort(descending=True, stable=True)]
+        wanted += sum(densities[name] * masks[name].numel() for name in names)
+        fits = 2 * sizes.cumsum(0) - sizes <= 2 * wanted  # half of the block, or more
+        count = max(1, int(fits.sum()))
+        wanted -= int(sizes[:count].sum())  # what is over, or was too much, is the next layer's
+        parts = keep_highest(flat, count).split([mean.numel() for mean in means.values()])
+        for (name, mean), part in zip(means.items(), parts, strict=True):
+            kept[name] = expand(part.view(mean.shape), blocksize, masks[name].shape) & masks[name]
+    return {**masks, **kept}
+
+
 def magnitude_masks(
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     densities: Mapping[str, float],
     blocksize: tuple[int, int] = (1, 1),
     scope: str = "layerwise",
-) -> dict[str, Tensor]:
-    """The masks of the next round: what has the largest magnitude among what `masks` keep.
-
-    densities: kept / all, of each layer that is pruned. A layer of n blocks keeps
-    round(density * n); in global scope the layers compete for the sum of density * n, rounded.
-    """
-    scores = {}
-    for name in densities:
-        alive = blocks_of(masks[name].flatten(1), blocksize).any((2, 3))
-        scores[name] = torch.where(alive, block_scores(weights[name], blocksize), -1)
-    if scope == "global":
-        count = round(sum(densities[name] * s.numel() for name, s in scores.items()))
-        flat = keep_highest(torch.cat([s.flatten() for s in scores.values()]), count)
-        parts = flat.split([s.numel() for s in scores.values()])
-        kept = {name: p.view(s.shape) for (name, s), p in zip(scores.items(), parts, strict=True)}
-    else:
-        kept = {n: keep_highest(s, round(densities[n] * s.numel())) for n, s in scores.items()}
-    pruned = {n: expand(k, blocksize, weights[n].shape) & masks[n] for n, k in kept.items()}
-    return {**masks, **pruned}
+) -> Masks:
+    """`highest_masks` of the weights' magnitudes."""
+    magnitudes = {name: weights[name].abs() for name in densities}
+    return highest_masks(magnitudes, masks, densities, blocksize, scope)
 
 
-def layer_densities(
-    model: nn.Module, rate: float, round: int, blocksize: tuple[int, int], scope: str
+def densities_after(
+    names: Iterable[str], rate: float, rounds: int, rates: Mapping[str, float]
 ) -> dict[str, float]:
-    """The density of each layer after `round` rounds that each prune `rate` of what is left.
+    """The density of each layer after rounds that each prune `rate` of what is left of it.
 
-    Layerwise, the output layer is pruned at half the rate, as in the paper. Layers that blocks
-    cannot serve stay dense and are left out: convolutions, and an output layer smaller than one.
-    Raises ValueError when a block is larger than another layer.
+    rates: the layers that are pruned at a share of that rate, above 0 and up to 1
     """
-    layers, densities = weight_layers(model), {}
-    for name, layer in layers.items():
-        last = name == next(reversed(layers))
-        if blocksize != (1, 1) and isinstance(layer, nn.Conv2d):
-            continue
-        if any(size < block for size, block in zip(layer.weight.shape, blocksize, strict=False)):
-            if last:
-                continue
-            raise ValueError(
-                f"blocksize: expected blocks of at most {tuple(layer.weight.shape)} to fit "
-                f"{name}, got {blocksize}"
-            )
-        densities[name] = (1 - rate / (2 if last and scope == "layerwise" else 1)) ** round
-    return densities
+    return {name: (1 - rate * rates.get(name, 1)) ** rounds for name in names}
+
+
+def common_rate(
+    sizes: Mapping[str, int], density: float, rounds: int, rates: Mapping[str, float]
+) -> float:
+    """The rate at which the layers, of these many weights, reach the density together.
+
+    Raises ValueError where those pruned at a share of the rate do not let them.
+    """
+    wanted = density * sum(sizes.values())
+
+    def kept(rate: float) -> float:
+        return sum(d * sizes[n] for n, d in densities_after(sizes, rate, rounds, rates).items())
+
+    if kept(1.0) > wanted:
+        raise ValueError(
+            f"expected a density of at least {kept(1.0) / sum(sizes.values()):.2g}, or more "
+            f"rounds, with the rates {dict(rates)}, got {density}"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(100):  # bisection to the last bit
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept(middle) > wanted else (low, middle)
+    return high
 
 
 def density(masks: Mapping[str, Tensor]) -> float:
@@ -112,7 +149,7 @@ class BlockL1Unstructured(prune.BasePruningMethod):
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         alive = blocks_of(default_mask.flatten(1) != 0, self.blocksize).any((2, 3))
-        scores = torch.where(alive, block_scores(t, self.blocksize), -1)
+        scores = torch.where(alive, block_means(t.abs(), self.blocksize), -1)
         count, amount = int(alive.sum()), self.amount
         pruned = round(amount * count) if isinstance(amount, float) else amount
         if pruned > count:

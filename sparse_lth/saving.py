@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from .base import BLOCKS, BlockSparse, as_activation
-from .convert import is_linear, matrix, replace
+from .bsr import blocksize_of
+from .convert import empty, is_weighted, replace
 from .files import FormatError, TicketError, load_tensors, save_tensors
-from .layers import SparseLinear
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {}  # of networks that a file can name
 
@@ -146,7 +146,7 @@ def _join(owner: str, name: str) -> str:
 
 def _sparse_layers(
     model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, dict]
-) -> dict[nn.Module, SparseLinear]:
+) -> dict[nn.Module, BlockSparse]:
     """For each dense layer that the file has sparse, the sparse one; ValueError if it cannot be."""
     modules, made, tied = dict(model.named_modules(remove_duplicate=False)), {}, {}
     for name in layers:
@@ -157,14 +157,13 @@ def _sparse_layers(
         layer = modules.get(owner)
         if kind != "crow_indices" or layer in made or isinstance(layer, BlockSparse):
             continue
-        if not is_linear(layer):
-            raise ValueError(f"{owner}: expected a linear layer, got {type(layer).__name__}")
-        (outputs, inputs), bias = matrix(layer, layer.weight).shape, layer.bias
-        given = {kind: tensors.get(_join(owner, kind)) for kind in (*BLOCKS, "bias")}
+        if not is_weighted(layer):
+            raise ValueError(f"{owner}: expected a layer with a weight, got {type(layer).__name__}")
+        bias, given = layer.bias, {k: tensors.get(_join(owner, k)) for k in (*BLOCKS, "bias")}
         try:
             if (bias is None) != (given["bias"] is None):
                 raise ValueError(f"expected {'a' if given['bias'] is None else 'no'} bias")
-            sparse = SparseLinear._from_blocks(inputs, outputs, **given)
+            sparse = empty(layer, blocksize_of(given["weight_values"]))._hold(**given)
             sparse.activation = as_activation(layers.get(owner, {}).get("activation", "none"))
         except (AttributeError, ValueError) as error:
             raise ValueError(f"{owner}: {error}") from error
@@ -184,7 +183,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     ties = _names(now)
     for twins in ties:
         known = [given[name] for name in twins if name in given]
-        if not all(torch.equal(known[0], other) for other in known):
+        if not all(known[0] is other or torch.equal(known[0], other) for other in known):
             raise ValueError(
                 f"expected the same numbers for {' and '.join(twins)}, which are one tensor of the "
                 "model, got others: load into a model in which they are not tied"

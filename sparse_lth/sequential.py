@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from .conv import SparseConv2d
 from .kernels import Chain, ChainLayer, any_autocast, backend, is_traced
 from .layers import SparseLinear
 
@@ -60,15 +61,46 @@ class SparseSequential(nn.Sequential):
         if prepared is None or not prepared.is_current(modules):
             self._prepared = prepared = _prepare(modules)
         if prepared.chain is None:
-            return super().forward(x)
-        for module in modules[: prepared.start]:
-            x = module(x)
+            return _run(modules, x)
+        x = _run(modules[: prepared.start], x)
         if isinstance(modules[prepared.start], nn.Flatten):
             x = x.flatten(1)
         return prepared.chain(x)
 
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name != "_prepared"}
+
+
+def _run(modules: list[nn.Module], x: Tensor) -> Tensor:
+    """The modules in turn; a sparse convolution, its ReLU and its 2 x 2 pooling are one call."""
+    i = 0
+    while i < len(modules):
+        module, behind = modules[i], modules[i + 1 : i + 3]
+        relu = len(behind) > 0 and type(behind[0]) is nn.ReLU
+        together = [module, *behind[: relu + 1]]
+        if (
+            type(module) is SparseConv2d
+            and _halves(together[-1])
+            and all(map(_is_plain, together))
+            and x.dim() == 4
+        ):
+            x = module.max_pooled(x, relu)
+            i += len(together)
+        else:
+            x = module(x)
+            i += 1
+    return x
+
+
+def _halves(module: nn.Module) -> bool:
+    """Whether it takes the maxima of 2 x 2 pixels, each pixel once."""
+    return type(module) is nn.MaxPool2d and (
+        module.kernel_size in (2, (2, 2))
+        and module.stride in (2, (2, 2))
+        and module.padding in (0, (0, 0))
+        and module.dilation in (1, (1, 1))
+        and not (module.ceil_mode or module.return_indices)
+    )
 
 
 def _prepare(modules: list[nn.Module]) -> Prepared:
@@ -125,12 +157,16 @@ def _ways(module: nn.Module) -> tuple[dict, dict, dict]:
     return vars(module), module._forward_pre_hooks, module._forward_hooks
 
 
+def _is_plain(module: nn.Module) -> bool:
+    own, *hooks = _ways(module)
+    return not any(hooks) and "forward" not in own
+
+
 def _tail(modules: list[nn.Module], parts: list[Part | None]) -> int:
     """Where the part begins that a chain can be: [Flatten] Linear [ReLU] Linear ... at the end."""
     start = len(modules)
     for i, module in reversed(list(enumerate(modules))):
-        own, *hooks = _ways(module)
-        if any(hooks) or "forward" in own:
+        if not _is_plain(module):
             break
         if parts[i] is not None:
             start = i

@@ -1,119 +1,155 @@
-"""Ticket, what a search found, and the block-sparse model made of it: save, load, convert."""
+"""Ticket: what a search found in a model; save, load, put it on a fresh model, make it sparse."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from . import masks as masking
 from .convert import sparsify_
 from .files import FormatError, TicketError, join_groups, load_tensors, save_tensors, split_prefix
-from .lottery import State, masked_model
-from .masks import weight_layers
-from .program.config import RunConfig
-from .program.models import build
+from .masks import Masks
 from .sequential import SparseSequential
+from .weights import Tensors, read, weight_layers, weight_name, write_
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ticket:
     """A winning ticket: masks with the rewind weights θ₀ they apply to, and what they trained to.
 
-    settings: the RunConfig of the search as a dict, without the place of the data
-    init, trained: float32 by parameter name; init is θ_k after late rewinding; trained is exactly
-        0 where pruned
-    masks: bool by layer name, True = kept
-    rounds: a record for each round, 0 being dense: density, validation_accuracy, test_accuracy, ...
+    init, trained: the model's parameters and buffers by name, on the CPU; init is θ_k after late
+        rewinding; trained is exactly 0 where pruned
+    masks: bool by layer name, True = kept, of the layers that may be pruned
+    dense: why, by name, other linear and convolutional layers stayed dense
+    rounds: a record of each round, 0 being dense: round, density, and what was measured
+    settings: of the search, as JSON holds them
     """
 
-    settings: dict
-    init: dict[str, Tensor]
-    masks: dict[str, Tensor]
-    trained: dict[str, Tensor]
-    rounds: tuple[dict, ...]
+    init: Tensors
+    masks: Masks
+    trained: Tensors
+    rounds: tuple[dict, ...] = ()
+    dense: dict[str, str] = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
 
-    @property
-    def model(self) -> str:
-        return self.settings["model"]
-
-    @property
-    def dataset(self) -> str:
-        return self.settings["dataset"]
-
-    @property
-    def seed(self) -> int:
-        return self.settings["seed"]
+    def __repr__(self) -> str:
+        kept, total = (
+            sum(int(f(m)) for m in self.masks.values()) for f in (Tensor.sum, Tensor.numel)
+        )
+        text = f"{kept:,} of {total:,} weights ({self.density:.2%}) in {len(self.masks)} layers"
+        dense = f", {len(self.dense)} layers left dense" if self.dense else ""
+        return f"Ticket({text}, {len(self.rounds)} rounds{dense})"
 
     @property
     def density(self) -> float:
+        """Kept / all, of the weights that may be pruned."""
         return masking.density(self.masks)
 
-    @classmethod
-    def from_state(cls, config: RunConfig, state: State) -> "Ticket":
-        """The ticket of a round that is trained and tested."""
-        rounds = tuple(record for record in state.history if "test_accuracy" in record)
-        settings = config.search_settings()
-        trained = {name: weight.cpu().clone() for name, weight in state.weights.items()}
-        return cls(settings, state.init, state.masks, trained, rounds)
+    def apply_(self, model: nn.Module, weights: str = "init") -> nn.Module:
+        """Puts the ticket on a fresh model of the same class and returns it, ready to train.
 
-    def network(self, weights: str = "trained") -> nn.Module:
-        """The network under the masks of torch's prune; weights: "trained" or "init" (θ₀)."""
-        return masked_model(self.model, getattr(self, weights), self.masks)
+        weights: "init", what the search rewound to, or "trained". The masks are those of
+        `torch.nn.utils.prune`. Raises ValueError, and leaves the model as it is, where it differs.
+        """
+        if weights not in ("init", "trained"):
+            raise ValueError(f'expected weights "init" or "trained", got {weights!r}')
+        own = read(model)
+        if any(tensor.is_meta for tensor in own.values()):
+            raise ValueError("expected a model with weights, got one on the meta device")
+        expect_like("the model's", own, self.init)
+        if missing := self.masks.keys() - weight_layers(model).keys():
+            raise ValueError(f"expected linear or convolutional layers, got {sorted(missing)}")
+        write_(model, getattr(self, weights), self.masks)
+        return model
 
-    def dense_network(self) -> nn.Module:
-        """The trained network in plain dense layers, its pruned weights zeros."""
-        return _make_permanent(self.network()).eval()
+    def sparse_network(self, model: nn.Module, blocksize: tuple[int, int] = (16, 16)) -> nn.Module:
+        """The trained ticket on a fresh model of the same class, its layers block-sparse.
 
-    def sparse_network(self, blocksize: tuple[int, int]) -> SparseSequential:
-        """The trained network with every linear layer that has an empty block made sparse."""
-        network = _make_permanent(sparsify_(self.network(), blocksize, max_density=1.0))
-        return SparseSequential(OrderedDict(network.named_children())).eval()
+        An `nn.Sequential` becomes a `SparseSequential`, which runs faster.
+        """
+        model = sparsify_(self.apply_(model, "trained"), blocksize, max_density=1.0)
+        write_(model, {}, {})  # takes the masks off the layers that stayed dense
+        if type(model) is nn.Sequential:
+            model = SparseSequential(OrderedDict(model.named_children()))
+        return model.eval()
 
     def save(self, path: str | Path) -> None:
         tensors = join_groups(self, ("init", "masks", "trained"))
-        save_tensors(path, "ticket", tensors, {"settings": self.settings, "rounds": self.rounds})
+        about = {name: getattr(self, name) for name in ("rounds", "dense", "settings")}
+        save_tensors(path, "ticket", tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "Ticket":
         """Raises TicketError, naming what is wrong, unless the file holds a whole ticket."""
-        tensors, about = _load(path, "ticket", ("settings", "rounds"))
-        settings, rounds = about["settings"], about["rounds"]
-        try:  # whether there is a GPU here does not matter to a ticket
-            known = RunConfig.from_dict({**settings, "device": "cpu"}).search_settings()
-        except (TypeError, ValueError) as error:
-            raise TicketError(f"{path}: expected the settings of a run: {error}") from error
-        if settings.keys() != known.keys():
-            raise TicketError(f"{path}: expected settings {sorted(known)}, got {sorted(settings)}")
+        tensors, about = _load(path, "ticket", ("rounds", "dense", "settings"))
+        groups = {name: split_prefix(tensors, name) for name in ("init", "masks", "trained")}
         try:
-            tested = [float(record["test_accuracy"]) for record in rounds]
-        except (KeyError, TypeError, ValueError):
-            tested = []
-        if not tested:
-            raise TicketError(f"{path}: expected a test_accuracy for every round, got {rounds}")
-        model = build(settings["model"])
-        init, masks, trained = (split_prefix(tensors, n) for n in ("init", "masks", "trained"))
-        parameters = dict(model.named_parameters())
-        weights = {name: layer.weight for name, layer in weight_layers(model).items()}
-        if len(tensors) != len(init) + len(masks) + len(trained):
-            raise TicketError(f"{path}: expected init, masks and trained, got {sorted(tensors)}")
-        _expect_like(path, "init", init, parameters)
-        _expect_like(path, "trained", trained, parameters)
-        _expect_like(path, "masks", masks, weights, torch.bool)
-        for name, mask in masks.items():
-            if trained[f"{name}.weight"][~mask].any():
-                raise TicketError(f"{path}: expected trained.{name}.weight to be 0 where pruned")
-        return cls(settings, init, masks, trained, tuple(rounds))
+            if len(tensors) != sum(map(len, groups.values())):
+                raise FormatError(f"expected init, masks and trained, got {sorted(tensors)}")
+            expect_masked(**groups)
+            expect_records(about["rounds"])
+            for name in ("dense", "settings"):
+                if not isinstance(about[name], dict):
+                    raise FormatError(f"expected {name} by name, got {about[name]!r}")
+        except FormatError as error:
+            raise TicketError(f"{path}: {error}") from error
+        return cls(**groups, **{**about, "rounds": tuple(about["rounds"])})
 
 
-def _make_permanent(network: nn.Module) -> nn.Module:
-    """Takes torch's prune out of the network and leaves its zeros in the weights."""
-    for layer in weight_layers(network).values():
-        if prune.is_pruned(layer):
-            prune.remove(layer, "weight")
-    return network
+def expect_like(group: str, tensors: Tensors, like: Mapping[str, Tensor]) -> None:
+    """Raises FormatError unless both have the same names, shapes and dtypes."""
+    if tensors.keys() != like.keys():
+        missing, extra = sorted(like.keys() - tensors.keys()), sorted(tensors.keys() - like.keys())
+        raise FormatError(f"expected other {group} tensors: {missing} missing, {extra} too many")
+    for name, tensor in tensors.items():
+        expected, got = ((tuple(t.shape), t.dtype) for t in (like[name], tensor))
+        if got != expected:
+            raise FormatError(
+                f"expected {group} {name} of shape {expected[0]} and {expected[1]}, "
+                f"got {got[0]}, {got[1]}"
+            )
+
+
+def expect_finite(group: str, tensors: Tensors, like: Mapping[str, Tensor] | None = None) -> None:
+    """Raises FormatError for a NaN, or an infinite number where `like` has not got the same.
+
+    Attention masks, for one, are infinite by design.
+    """
+    for name, tensor in tensors.items():
+        designed = like is not None and tensor == like[name]
+        if not (tensor.isfinite() | designed).all():
+            raise FormatError(f"expected finite numbers in {group} {name}: did training diverge?")
+
+
+def expect_masked(init: Tensors, masks: Masks, trained: Tensors) -> None:
+    """Raises FormatError unless these are of one model, trained being 0 where pruned."""
+    expect_like("trained", trained, init)
+    expect_finite("init", init, init)
+    expect_finite("trained", trained, init)
+    if unknown := [name for name in masks if weight_name(name) not in init]:
+        raise FormatError(f"expected masks of layers with a weight, got {unknown}")
+    weights = {name: init[weight_name(name)] for name in masks}
+    like = {n: torch.empty(w.shape, dtype=torch.bool, device="meta") for n, w in weights.items()}
+    expect_like("masks", masks, like)
+    for name, mask in masks.items():
+        if trained[weight_name(name)][~mask].any():
+            raise FormatError(f"expected trained {weight_name(name)} to be 0 where pruned")
+
+
+def expect_records(records: object) -> None:
+    """Raises FormatError unless it is a list of dicts with a round and a density each."""
+    if not isinstance(records, list) or not records:
+        raise FormatError(f"expected a record for every round, got {records!r}")
+    for record in records:
+        known = isinstance(record, dict)
+        round, density = (record.get(n) if known else None for n in ("round", "density"))
+        if type(round) is not int or round < 0 or type(density) not in (int, float):
+            raise FormatError(f"expected a record with its round and density, got {record!r}")
+        if not 0 <= density <= 1:
+            raise FormatError(f"expected a density from 0 to 1, got {density}")
 
 
 def _load(path: str | Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
@@ -125,24 +161,3 @@ def _load(path: str | Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str,
         if not isinstance(about, dict) or key not in about:
             raise TicketError(f"{path}: expected {key!r} in the metadata, got {about}")
     return tensors, about
-
-
-def _expect_like(
-    path: str | Path,
-    group: str,
-    tensors: dict[str, Tensor],
-    like: dict[str, Tensor],
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """The same names and shapes, this dtype but for int32 indices, and finite numbers."""
-    if tensors.keys() != like.keys():
-        raise TicketError(f"{path}: expected {group} tensors {sorted(like)}, got {sorted(tensors)}")
-    for name, tensor in tensors.items():
-        expected = like[name].shape, torch.int32 if name.endswith("_indices") else dtype
-        if (tensor.shape, tensor.dtype) != expected:
-            raise TicketError(
-                f"{path}: expected {group} {name} of shape {tuple(expected[0])} and {expected[1]}, "
-                f"got {tuple(tensor.shape)}, {tensor.dtype}"
-            )
-        if not tensor.isfinite().all():
-            raise TicketError(f"{path}: expected finite numbers in {group} {name}")

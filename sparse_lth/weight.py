@@ -44,6 +44,15 @@ class SparseWeight(Tensor):
     def requires_grad(self) -> bool:
         return not self._detached and self._layer.weight_values.requires_grad
 
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self._layer.weight_values.requires_grad = value
+
+    def requires_grad_(self, requires_grad: bool = True) -> "SparseWeight":
+        """Freezes the stored weights, or lets them train."""
+        self.requires_grad = requires_grad
+        return self
+
     @property
     def grad(self) -> Tensor | None:
         """The dense gradient of the stored weights."""

@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -14,21 +13,22 @@ import torch
 from sparse_lth.experiments.chains import (
     LAST,
     METHODS,
+    ROW,
     TICKET,
     Chain,
     Plan,
     chain_path,
     grid,
-    keep_weights,
     run_chain,
     scatter_masks,
     ticket_path,
 )
 from sparse_lth.experiments.engine import run_pool, run_ray
 from sparse_lth.experiments.paper import collect
-from sparse_lth.lottery import State, next_round, redraw, train_round
 from sparse_lth.program import data
-from sparse_lth.ticket import Ticket
+from sparse_lth.program.lottery import Lottery, State, begin_round, redraw, search_from
+from sparse_lth.program.tickets import load_ticket
+from sparse_lth.weights import masked
 
 ROOT = Path(__file__).parent.parent
 PLAN = Plan(60, every=20, test_every=40, rewind_step="20it", dataset="digits")
@@ -42,11 +42,20 @@ NETWORKS = 7 + 3 + 2 + 1
 
 
 @pytest.fixture(scope="module")
-def trained(tiny):
+def dense(tiny):
     """A ticket chain's configuration for its third round, and its trained dense network."""
-    chain = Chain(TICKET, 0, (3,))
-    *_, state = train_round(chain.config(PLAN, 0), tiny, State.start(chain.config(PLAN, 0)))
-    return chain.config(PLAN, 3), replace(state, round=2)
+    config = Chain(TICKET, 0, (3,)).config(PLAN, 0)
+    lottery = Lottery(config, tiny)
+    start = lottery.start()
+    *_, state = lottery.train(start.model(), start)
+    return config, state
+
+
+def _third_round(dense, rewind="init"):
+    config, state = dense
+    search = search_from(config, state, trained=True, levels=(3,), rewind=rewind)
+    next(iter(search))
+    return begin_round(state, search)
 
 
 def _same(a, b):
@@ -57,30 +66,31 @@ def _counts(masks):
     return [int(mask.sum()) for mask in masks.values()]
 
 
-def test_a_reinit_has_the_masks_of_the_ticket_and_other_weights(trained):
-    config, dense = trained
-    ticket = next_round(config, dense)
-    control = redraw(config, ticket)
+def test_a_reinit_has_the_masks_of_the_ticket_and_other_weights(dense):
+    ticket = _third_round(dense)
+    control = redraw(ticket)
     assert _same(control.masks, ticket.masks)
-    assert not torch.equal(control.weights["fc1.weight"], ticket.weights["fc1.weight"])
-    deviations = [float(s.weights["fc1.weight"].std()) for s in (control, ticket)]
+    assert not torch.equal(control.init["fc1.weight"], ticket.init["fc1.weight"])
+    deviations = [float(s.init["fc1.weight"].std()) for s in (control, ticket)]
     assert deviations[0] == pytest.approx(deviations[1], rel=0.01)
+    assert _same(control.weights, masked(control.init, ticket.masks))
 
 
-def test_a_random_mask_has_the_weights_of_the_ticket_and_its_count_in_each_layer(trained):
-    config, dense = trained
-    ticket = next_round(config, dense)
-    control = scatter_masks(config, ticket)
-    assert _same(control.weights, ticket.weights)
+def test_a_random_mask_has_the_weights_of_the_ticket_and_its_count_in_each_layer(dense):
+    ticket = _third_round(dense)
+    control = scatter_masks(ticket)
+    assert _same(control.init, ticket.init)
+    assert _same(control.weights, masked(ticket.init, control.masks))
     assert _counts(control.masks) == _counts(ticket.masks)
     assert not torch.equal(control.masks["fc1"], ticket.masks["fc1"])
-    assert _same(scatter_masks(config, ticket).masks, control.masks)
+    assert _same(scatter_masks(ticket).masks, control.masks)
 
 
-def test_without_rewinding_the_trained_weights_stay(trained):
-    config, dense = trained
-    assert _same(keep_weights(config, dense).weights, dense.weights)
-    assert _same(keep_weights(config, dense).masks, next_round(config, dense).masks)
+def test_without_rewinding_the_trained_weights_stay(dense):
+    kept, rewound = _third_round(dense, "weights"), _third_round(dense)
+    assert _same(kept.masks, rewound.masks)
+    assert _same(kept.weights, masked(dense[1].weights, kept.masks))
+    assert not torch.equal(kept.weights["fc1.weight"], rewound.weights["fc1.weight"])
 
 
 def _folder(path):
@@ -89,26 +99,25 @@ def _folder(path):
     return path
 
 
-def test_one_shot_prunes_the_dense_network_each_time(tiny, trained, tmp_path):
-    _, dense = trained
+def test_one_shot_prunes_the_dense_network_each_time(tiny, dense, tmp_path):
     chain = Chain("one-shot", 0, (3, 15))
     lines = list(run_chain(PLAN, chain, tiny, _folder(tmp_path)))
     assert len(lines) == 3
-    state = State.load(chain_path(tmp_path, chain))
-    assert _same(state.weights, dense.weights)
+    state = State.load(chain_path(tmp_path, chain), ROW)
+    assert _same(state.weights, dense[1].weights)
     densities = {row["round"]: row["density"] for row in state.history}
     iterative = Chain(TICKET, 0, (3, 15))
     list(run_chain(PLAN, iterative, tiny, tmp_path))
-    rows = State.load(chain_path(tmp_path, iterative)).history
+    rows = State.load(chain_path(tmp_path, iterative), ROW).history
     assert densities == {row["round"]: row["density"] for row in rows}
-    ticket = Ticket.load(ticket_path(tmp_path, iterative, 15))
+    ticket = load_ticket(ticket_path(tmp_path, iterative, 15))
     assert ticket.density == densities[15]
 
 
 def test_every_evaluation_is_a_row_and_the_early_stop_is_tested(tiny, tmp_path):
     chain = CHAINS[0]
     assert len(list(run_chain(PLAN, chain, tiny, _folder(tmp_path)))) == 7
-    rows = State.load(chain_path(tmp_path, chain)).history
+    rows = State.load(chain_path(tmp_path, chain), ROW).history
     assert len(rows) == 7 * 4
     for n in range(0, len(rows), 4):
         training = rows[n : n + 4]
@@ -178,7 +187,7 @@ def test_a_killed_run_goes_on_where_it_stopped(expected, tmp_path):
             process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         process.stdout.read()  # ends with the last of the workers
-    saved = [State.load(path).history for path in (folder / "chains").glob("*.safetensors")]
+    saved = [State.load(path, ROW).history for path in (folder / "chains").glob("*.safetensors")]
     networks = sum(len({(row["method"], row["round"]) for row in rows}) for rows in saved)
     assert 0 < networks < NETWORKS
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -142,6 +142,7 @@ def mnist():
 
 def test_mnist_has_the_published_sizes_and_label_counts(mnist):
     assert mnist.name == "mnist"
+    assert len(mnist.train.labels) == data.SOURCES["mnist"].train_images
     for split, n in ((mnist.train, 55000), (mnist.validation, 5000), (mnist.test, 10000)):
         assert split.images.shape == (n, 1, 28, 28)
         assert split.images.dtype == torch.float32
@@ -193,9 +194,32 @@ def test_a_damaged_file_is_refused(root, small, name, damage):
     with pytest.raises(data.DataError, match=r"train-images-idx3-ubyte is damaged: expected") as e:
         data.load(name, root, "cpu", notify=pytest.fail)
     size, md5 = data.FILES[path.name]
-    assert f"expected {size} bytes with md5 {md5}, got {path.stat().st_size} with" in str(e.value)
+    got = "others" if damage == "altered" else f"{path.stat().st_size} bytes"
+    assert f"expected {size} bytes with md5 {md5}, got {got};" in str(e.value)
     assert "delete it" in str(e.value)
     assert relative(root) == before
+
+
+@pytest.mark.parametrize("name", ["auto", "mnist"])
+def test_a_huge_file_is_refused_unread(root, name):
+    with open(root / "MNIST" / "raw" / "t10k-images-idx3-ubyte", "wb") as file:
+        file.truncate(30 << 30)
+    with pytest.raises(data.DataError, match=r"is damaged: .* got 32212254720 bytes; delete it"):
+        data.load(name, root, "cpu", notify=pytest.fail)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_never_blocks(root, make):
+    path = root / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    path.unlink()
+    make(path)
+    with pytest.raises(data.DataError, match="train-labels-idx1-ubyte: expected a file, got"):
+        data.load("auto", root, "cpu", notify=pytest.fail)
+
+
+def test_a_home_of_nobody_is_refused():
+    with pytest.raises(data.DataError, match="cannot find ~nosuchuser"):
+        data.load("auto", "~nosuchuser", "cpu", notify=pytest.fail)
 
 
 def test_an_unchecked_processed_file_is_not_read(root):
@@ -315,6 +339,7 @@ def digits(tmp_path_factory):
 
 def test_digits_have_the_shape_of_mnist(digits):
     assert digits.name == "digits"
+    assert len(digits.train.labels) == data.SOURCES["digits"].train_images
     for split, n in ((digits.train, 1350), (digits.validation, 150), (digits.test, 297)):
         assert split.images.shape == (n, 1, 28, 28)
         assert split.images.dtype == torch.float32

@@ -298,7 +298,7 @@ def test_another_dtype_of_bias_or_input_is_refused():
     layer = _layer(64, 64)
     tensors = layer.weight_values.detach(), layer.crow_indices, layer.col_indices
     with pytest.raises(ValueError, match=r"shape \(64,\) and torch\.float32"):
-        SparseLinear._from_blocks(64, 64, *tensors, bias=layer.bias.detach().double())
+        SparseLinear.empty(64, 64, (16, 16))._hold(*tensors, layer.bias.detach().double())
     layer.bias = nn.Parameter(layer.bias.half())
     with pytest.raises(ValueError, match=r"expected bias in torch\.float32"):
         layer(torch.randn(2, 64))

@@ -1,24 +1,21 @@
+import itertools
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import prune
 
+from sparse_lth.files import FormatError, load_tensors, save_tensors
 from sparse_lth.kernels import backends, use_backend
-from sparse_lth.lottery import (
-    State,
-    effective_weights,
-    masked_model,
-    next_round,
-    search,
-    train_round,
-    trains_sparse,
-)
 from sparse_lth.program.config import RunConfig
 from sparse_lth.program.data import Split, batches
-from sparse_lth.program.models import build, initialise
+from sparse_lth.program.lottery import Lottery, State, begin_round, search_from, trains_sparse
+from sparse_lth.program.models import MODELS, Model
+from sparse_lth.program.tickets import dense_network, load_ticket, make_ticket
 from sparse_lth.program.training import TrainingError, make_step
-from sparse_lth.ticket import Ticket
+from sparse_lth.weights import read, snapshot, write_
 
 CONFIG = RunConfig(dataset="digits", epochs=2, bs=50, prune_pc=0.8, prune_rounds=2)
 
@@ -32,6 +29,27 @@ def _same(a, b):
         for g in groups
     )
     return same_tensors and a.history == b.history and torch.equal(a.generator, b.generator)
+
+
+def search(config, data, state=None):
+    return Lottery(config, data).states(state)
+
+
+def _first_round(config, data):
+    lottery = Lottery(config, data)
+    start = lottery.start()
+    return lottery.train(start.model(), start)
+
+
+def _next_round(config, state):
+    """What follows the round that this state ends."""
+    search = search_from(config, state, trained=True)
+    next(iter(search))
+    return begin_round(state, search)
+
+
+def _start(config):
+    return snapshot(MODELS[config.model].new(torch.Generator().manual_seed(config.seed)))
 
 
 def _last(states):
@@ -124,12 +142,14 @@ def test_steps_are_the_same_however_often_they_are_evaluated(tiny):
 
 def test_late_rewinding_goes_back_to_the_weights_of_step_k_bit_for_bit(tiny):
     config = replace(CONFIG, bs=60, rewind_step="1ep")  # four steps
-    at_k = _last(train_round(replace(config, iterations=4), tiny, State.start(config)))
+    at_k = _last(_first_round(replace(config, iterations=4), tiny))
     expected = {name: w.clone() for name, w in at_k.weights.items()}
-    rewound = next_round(config, _last(train_round(config, tiny, State.start(config))))
+    rewound = _next_round(config, _last(_first_round(config, tiny)))
     assert not torch.equal(rewound.weights["fc1.bias"], torch.zeros(300))
     for name, value in expected.items():
-        assert torch.equal(rewound.weights[name], value)
+        layer, _, kind = name.rpartition(".")
+        kept = value if kind == "bias" else torch.where(rewound.masks[layer], value, 0)
+        assert torch.equal(rewound.weights[name], kept)
         assert torch.equal(rewound.init[name], value)
 
 
@@ -158,17 +178,17 @@ def test_a_graphed_step_is_the_eager_step(tiny):
     split = Split(tiny.train.images.cuda(), tiny.train.labels.cuda())
     masks = {n: torch.rand(s) < 0.3 for n, s in (("fc1", (300, 784)), ("fc2", (100, 300)))}
     masks["fc3"] = torch.ones(10, 100, dtype=torch.bool)  # not masked at all
-    init = initialise(build("lenet-300-100"), torch.Generator().manual_seed(0))
     weights = []
     for graphed in (False, True):
-        model = masked_model("lenet-300-100", init, masks).cuda()
+        model = MODELS["lenet-300-100"].new(torch.Generator().manual_seed(0)).cuda()
+        write_(model, {}, masks)
         optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=True)
         step = make_step(model, optimizer, split)
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):
             for chosen in batches(split, 60, generator):  # of 60 and, last, of 20
                 (step if graphed else step.step)(chosen)
-        weights.append(effective_weights(model))
+        weights.append(read(model))
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
 
@@ -176,10 +196,9 @@ def test_a_graphed_step_is_the_eager_step(tiny):
 def test_pruning_rewinds_every_survivor_and_every_bias(tiny):
     *_, trained = (s for s in search(CONFIG, tiny) if s.round == 0)
     assert any(not torch.equal(trained.weights[n], trained.init[n]) for n in trained.init)
-    state = next_round(CONFIG, trained)
-    weights = effective_weights(masked_model(CONFIG.model, state.weights, state.masks))
-    start = initialise(build(CONFIG.model), torch.Generator().manual_seed(CONFIG.seed))
-    for name, value in start.items():
+    state = _next_round(CONFIG, trained)
+    weights = read(state.model())
+    for name, value in _start(CONFIG).items():
         layer, _, kind = name.rpartition(".")
         expected = value if kind == "bias" else torch.where(state.masks[layer], value, 0)
         assert torch.equal(weights[name], expected), name
@@ -187,7 +206,7 @@ def test_pruning_rewinds_every_survivor_and_every_bias(tiny):
 
 
 def test_training_does_not_touch_the_rewind_weights(tiny):
-    start = initialise(build(CONFIG.model), torch.Generator().manual_seed(CONFIG.seed))
+    start = _start(CONFIG)
     last = _last(search(CONFIG, tiny))
     assert all(torch.equal(last.init[name], start[name]) for name in start)
 
@@ -202,16 +221,17 @@ def test_training_does_not_touch_the_rewind_weights(tiny):
 )
 def test_pruned_weights_stay_zero_and_negative_ones_train(tiny, optimizer):
     generator = torch.Generator().manual_seed(0)
-    init = initialise(build("lenet-300-100"), generator)
+    model = MODELS["lenet-300-100"].new(generator)
+    init = snapshot(model)
     masks = {
         name: torch.rand(init[f"{name}.weight"].shape, generator=generator) < 0.3
         for name in ("fc1", "fc2", "fc3")
     }
-    model = masked_model("lenet-300-100", init, masks)
+    write_(model, {}, masks)
     step = make_step(model, optimizer(model.parameters()), tiny.train)
     for _ in range(5):
         step(torch.arange(len(tiny.train.labels)))
-    after = effective_weights(model)
+    after = read(model)
     for name, mask in masks.items():
         before, now = init[f"{name}.weight"], after[f"{name}.weight"]
         assert not now[~mask].any()
@@ -228,7 +248,7 @@ def test_a_round_that_ends_inside_an_epoch_leaves_its_order_to_no_other(tiny):
     orders = [s.generator for s in search(config, tiny) if s.step == 5]
     assert not torch.equal(orders[0], orders[1])
     generator = torch.Generator()
-    generator.set_state(State.start(config).generator)
+    generator.set_state(Lottery(config, tiny).start().generator)
     epochs = [batches(tiny.train, 50, generator) for _ in range(2)]
     assert torch.equal(orders[0], generator.get_state())
     assert len(epochs) == 2
@@ -236,7 +256,7 @@ def test_a_round_that_ends_inside_an_epoch_leaves_its_order_to_no_other(tiny):
 
 def test_a_ticket_does_not_hold_the_live_weights(tiny):
     *_, state = search(CONFIG, tiny)
-    ticket = Ticket.from_state(CONFIG, state)
+    ticket = make_ticket(state)
     before = ticket.trained["fc1.bias"].clone()
     state.weights["fc1.bias"].add_(1)
     assert torch.equal(ticket.trained["fc1.bias"], before)
@@ -245,3 +265,105 @@ def test_a_ticket_does_not_hold_the_live_weights(tiny):
 def test_a_loss_that_is_not_finite_stops_the_search(tiny):
     with pytest.raises(TrainingError, match=r"finite loss, got nan .* try a lower --lr"):
         list(search(replace(CONFIG, lr=1e30), tiny))
+
+
+def _normed():
+    """A small model with BatchNorm, as someone may add one."""
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(784, 30, bias=False),
+            norm=nn.BatchNorm1d(30),
+            relu=nn.ReLU(),
+            fc3=nn.Linear(30, 10),
+        )
+    )
+
+
+def test_a_model_is_one_entry_and_its_buffers_are_rewound_and_resumed(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "normed", Model(_normed))
+    config = replace(CONFIG, model="normed")
+    start = _start(config)
+    assert start["norm.weight"].eq(1).all()
+    states = []
+    for state in search(config, tiny):
+        states.append(replace(state, weights={n: w.clone() for n, w in state.weights.items()}))
+        if len(states) == 3:
+            state.save(tmp_path / "state")
+    assert int(states[1].weights["norm.num_batches_tracked"]) == 8
+    assert int(states[2].weights["norm.num_batches_tracked"]) == 4  # counted anew in round 1
+    assert not torch.equal(states[1].weights["norm.running_mean"], start["norm.running_mean"])
+    rewound = _next_round(config, states[1])
+    for name in ("norm.weight", "norm.running_mean", "norm.running_var"):
+        assert torch.equal(rewound.weights[name], start[name])
+    assert _same(_last(search(config, tiny, State.load(tmp_path / "state"))), states[-1])
+    ticket = make_ticket(states[-1])
+    ticket.save(tmp_path / "ticket")
+    assert torch.equal(
+        dense_network(load_ticket(tmp_path / "ticket"))(tiny.test.images),
+        dense_network(ticket)(tiny.test.images),
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory):
+    """The state of a search in the midst of round 1, whose layers train block-sparse."""
+    path = tmp_path_factory.mktemp("saved") / "state"
+    config = replace(CONFIG, train_sparse="on")
+    for state in itertools.islice(search(config, tiny), 3):
+        state.save(path)
+    return path
+
+
+STATE_CHANGES = {
+    "expected round, epoch": lambda t, a: a.pop("sparse"),
+    "expected the settings of a run": lambda t, a: a.update(settings=[1]),
+    "model: expected one of": lambda t, a: a["settings"].update(model="vgg"),
+    "lr: expected": lambda t, a: a["settings"].update(lr=-1.0),
+    "expected settings": lambda t, a: a["settings"].pop("seed"),
+    "expected round to count, got 1.5": lambda t, a: a.update(round=1.5),
+    "expected step to count, got True": lambda t, a: a.update(step=True),
+    "expected epoch to count, got -1": lambda t, a: a.update(epoch=-1),
+    "expected a round up to 2, got 3": lambda t, a: a.update(round=3),
+    "expected a list as history": lambda t, a: a.update(history={}),
+    "expected records of": lambda t, a: a["history"].append([]),
+    "expected train_loss of": lambda t, a: a["history"][0].update(train_loss="low"),
+    "expected validation_loss of": lambda t, a: a["history"][0].update(
+        validation_loss=float("nan")
+    ),
+    "expected density of": lambda t, a: a["history"][0].pop("density"),
+    "names of .* as sparse, got .*fc9": lambda t, a: a.update(sparse=["fc9"]),
+    "names of .* as sparse, got 3": lambda t, a: a.update(sparse=3),
+    "expected init, masks": lambda t, a: t.pop("generator"),
+    "expected other init tensors": lambda t, a: t.pop("init.fc1.bias"),
+    "expected other masks tensors": lambda t, a: t.pop("masks.fc1"),
+    "expected other trained tensors": lambda t, a: t.pop("weights.fc1.bias"),
+    "expected other optimizer tensors": lambda t, a: t.pop("optimizer.fc1.bias.step"),
+    "expected optimizer fc1.bias.exp_avg of shape": lambda t, a: t.update(
+        {"optimizer.fc1.bias.exp_avg": torch.zeros(3)}
+    ),
+    "expected trained fc2.weight of shape": lambda t, a: t.update(
+        {"weights.fc2.weight": t["weights.fc2.weight"].half()}
+    ),
+    "trained fc1.weight to be 0 where pruned": lambda t, a: t["weights.fc1.weight"].fill_(1),
+    "finite numbers in init fc1.bias": lambda t, a: t["init.fc1.bias"].fill_(torch.inf),
+    "finite numbers in optimizer": lambda t, a: t["optimizer.fc1.bias.exp_avg"].fill_(torch.nan),
+    "state of a generator": lambda t, a: t.update(generator=torch.zeros(3, dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("message", STATE_CHANGES)
+def test_a_wrong_state_is_refused_by_name(saved, tmp_path, message):
+    tensors, about = load_tensors(saved, "state")
+    STATE_CHANGES[message](tensors, about)
+    save_tensors(tmp_path / "state", "state", tensors, about)
+    with pytest.raises(FormatError, match=f"state: .*{message}"):
+        State.load(tmp_path / "state")
+
+
+@pytest.mark.parametrize("change", [{"step": 99}, {"epoch": 2}, {"optimizer": {}}])
+def test_a_state_that_does_not_fit_its_data_is_refused(saved, tiny, change):
+    state = replace(State.load(saved), **change)
+    config = replace(CONFIG, train_sparse="on")
+    with pytest.raises(FormatError, match="a state within the 8 steps of a round, 4 an epoch"):
+        next(search(config, tiny, state))

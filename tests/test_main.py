@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 
 import main
 from sparse_lth import Ticket, load_sparse
+from sparse_lth.program import data
+from sparse_lth.program.folder import owned
 
 ROOT = Path(main.__file__).parent
 QUICK = ["--dataset", "digits", "--epochs", "1", "--prune_rounds", "1"]
@@ -50,12 +53,12 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--prune_pc", "1.5"], "prune_pc: expected a fraction above 0 and below 1, got 1.5"),
-        (["--prune_rounds", "0"], "prune_rounds: expected at least 1, got 0"),
-        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
-        (["--bs", "-1"], "bs: expected at least 1, got -1"),
+        (["--prune_rounds", "0"], "prune_rounds: expected 1 to 1000000000, got 0"),
+        (["--epochs", "0"], "epochs: expected 1 to 1000000000, got 0"),
+        (["--bs", "-1"], "bs: expected 1 to 1000000000, got -1"),
         (
             ["--prune_pc", "0.9", "--blocksize", "100x300"],
-            "prune_pc: expected to leave at least one of the 1 blocks of fc2, got 0.9",
+            "expected to leave at least one of the 1 blocks of fc2, got a density of 0.1 there",
         ),
         (["--lr", "nan"], "lr: expected a finite number above 0, got nan"),
         (["--seed", "-1"], "seed: expected 0 or more, got -1"),
@@ -68,6 +71,17 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
             "rewind_step: expected steps or epochs, as in 500it or 1ep, got 5",
         ),
         (["--reinit", "--rewind_step", "1ep"], "reinit: expected no rewind_step beside it, got"),
+        (["--rewind_step", "99999it"], "rewind_step: expected a step within the 3440 of a round"),
+        (["--rewind_step", "9ep"], "rewind_step: expected a step within"),
+        (["--export-sparse", "999x999"], "blocks smaller than a layer, the largest of which is"),
+        (["--export-sparse", "100000x100000"], "export_blocksize: expected blocks smaller than"),
+        (["--prune_pc", "1e-30"], "prune_pc: expected to prune at least one of the 266200 blocks"),
+        (["--bs", "99999999999999999999"], "bs: expected a whole number of 64 bits, got 9999"),
+        (["--prune_rounds", "9" * 400], "prune_rounds: expected a whole number of 64 bits, got 9"),
+        (["--out_dir", "a" * 300], "--out_dir: expected a new or empty folder, got aaa"),
+        (["--out_dir", "caf\udce9"], r"--out_dir: expected a path in UTF-8, got 'caf\udce9'"),
+        (["--resume", "caf\udce9"], "--resume: expected a path in UTF-8"),
+        (["--data_dir", "caf\udce9"], "data_dir: expected a path in UTF-8"),
         (["--prune_percent", "1"], "unrecognized arguments: --prune_percent"),
         (["--dataset", "cifar"], "invalid choice: 'cifar'"),
         (["--resume", "/nowhere"], "--resume: expected the folder of a run, got /nowhere"),
@@ -93,7 +107,7 @@ def test_a_run_folder_is_never_overwritten(tmp_path, capsys):
     (tmp_path / "precious").write_text("x")
     with pytest.raises(SystemExit):
         _run(*QUICK, "--out_dir", tmp_path)
-    assert f"to go on with the run in it: --resume {tmp_path}" in capsys.readouterr().err
+    assert f"expected a new or empty folder, got {tmp_path}" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
 
@@ -105,6 +119,16 @@ def test_resume_takes_its_settings_from_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         _run("--resume", tmp_path, "--lr", "1")
     assert "--lr: expected 0.001, as the run to resume has it, got 1.0" in capsys.readouterr().err
+
+
+def test_resume_compares_the_settings_with_those_in_the_state(tmp_path, capsys):
+    assert _run(*QUICK, "--out_dir", tmp_path) == 0
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 1}))
+    capsys.readouterr()
+    assert _run("--resume", tmp_path) == 1
+    expected = "expected a search with seed 1, as config.json has it, got the state of one with 0"
+    assert expected in capsys.readouterr().err
 
 
 def test_a_state_that_is_cut_is_refused_by_name(tmp_path, capsys):
@@ -136,7 +160,7 @@ def test_a_full_disk_loses_nothing_saved(tmp_path, capsys, monkeypatch):
     assert "state.safetensors" in error
     assert f"--resume {tmp_path / 'a'}" in error
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 2
-    assert not list((tmp_path / "a").glob(".*"))
+    assert not list((tmp_path / "a").glob("*.part"))
     assert _run("--resume", tmp_path / "a") == 0
     assert _run(*flags, "--out_dir", tmp_path / "b") == 0
     _assert_same_ticket(tmp_path / "a", tmp_path / "b")
@@ -146,7 +170,7 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("main.watch", interrupt)
+    monkeypatch.setattr("sparse_lth.program.progress.watch", interrupt)
     assert _run(*QUICK, "--out_dir", tmp_path / "run") == 130
     error = capsys.readouterr().err
     assert error.splitlines() == [
@@ -158,6 +182,37 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 def test_a_loss_that_is_not_finite(tmp_path, capsys):
     assert _run(*QUICK, "--lr", "1e30", "--out_dir", tmp_path / "run") == 1
     assert "expected a finite loss, got nan" in capsys.readouterr().err
+
+
+def test_a_rewind_step_that_only_the_data_show_to_be_late_leaves_no_folder(
+    tmp_path, capsys, monkeypatch
+):
+    def no_mnist(*_):
+        raise data.DownloadError("no net")
+
+    flags = ["--dataset", "auto", "--data_dir", tmp_path / "data", "--epochs", "1", "--bs", "100"]
+    monkeypatch.setattr(data, "_provide", no_mnist)
+    with pytest.raises(SystemExit) as exit:
+        _run(*flags, "--rewind_step", "15it", "--out_dir", tmp_path / "run")
+    assert exit.value.code == 2
+    assert "rewind_step: expected a step within the 14 of a round" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_in_one_folder_are_not_both_accepted(tmp_path, capsys):
+    with owned(tmp_path / "run", new=True):
+        assert _run(*QUICK, "--out_dir", tmp_path / "run") == 1
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+    error = capsys.readouterr().err
+    assert error.startswith("error: expected a folder that no other run works in, got ")
+    assert len(error.splitlines()) == 1
+
+
+def test_the_settings_that_a_resumed_run_repeats_need_not_stand_alone(tmp_path):
+    flags = ["--model", "lenet-15-5", "--blocksize", "5x5", "--prune_pc", "0.5"]
+    assert _run(*QUICK, *flags, "--export-sparse", "--out_dir", tmp_path) == 0
+    assert _run("--resume", tmp_path, "--prune_pc", "0.5", "--blocksize", "5x5") == 0
+    assert _run("--resume", tmp_path, "--export-sparse") == 0
 
 
 def _assert_same_ticket(a, b):
@@ -188,6 +243,97 @@ def test_a_search_killed_at_random_moments_ends_with_the_same_ticket(tmp_path):
         if not (killed / "config.json").exists():
             assert not killed.exists() or not any(killed.iterdir())
     _assert_same_ticket(killed, whole)
+
+
+TINY = ["--model", "lenet-15-5", *QUICK]
+
+
+def _program(*flags, shell="{}", **environment):
+    """Runs the program in a shell, as a part of this command line -> the finished process."""
+    command = shlex.join([sys.executable, str(ROOT / "main.py"), *map(str, flags)])
+    return subprocess.run(
+        ["bash", "-c", shell.format(command)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shell", "status", "said"),
+    [
+        ("{} | head -1; exit ${{PIPESTATUS[0]}}", 141, "nobody reads the output any more"),
+        ("{} >/dev/full", 1, "No space left on device"),
+        ("{} >&-", 0, ""),
+        ("{} 2>&-", 0, ""),
+    ],
+)
+def test_an_output_that_nobody_takes(tmp_path, shell, status, said):
+    ended = _program(*TINY, "--out_dir", tmp_path / "a b", shell=shell)
+    assert ended.returncode == status
+    error = ended.stderr.decode()
+    assert said in error
+    assert len(error.splitlines()) <= 2
+    if status == 141:
+        assert error.splitlines()[1].endswith(f"--resume '{tmp_path / 'a b'}'")
+        assert _run("--resume", tmp_path / "a b") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C"},
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    ],
+)
+def test_an_output_that_is_not_utf_8(tmp_path, environment):
+    flags = [*TINY, "--export-sparse", "--blocksize", "2x2", "--out_dir", tmp_path]
+    ended = _program(*flags, **environment)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"latency, batch 1" in ended.stdout
+
+
+@pytest.mark.slow
+def test_interrupts_at_random_moments_end_without_a_traceback(tmp_path):
+    chance = random.Random()
+    for attempt in range(10):
+        flags = [*TINY, "--epochs", 99, "--out_dir", tmp_path / str(attempt)]
+        seconds = chance.uniform(0.2, 4)  # the handler is there after some hundredths of a second
+        ended = _program(*flags, shell=f"timeout -s INT --preserve-status {seconds} {{}}")
+        assert ended.returncode == 130
+        assert b"Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_killed_while_its_settings_are_written_a_folder_can_be_used_again(tmp_path, call):
+    script = (
+        "import main, os, signal, sys\n"
+        f"os.{call} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "main.main(sys.argv[1:])"
+    )
+    flags = [*TINY, "--out_dir", str(tmp_path)]
+    killed = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert {p.suffix for p in tmp_path.iterdir()} == {"", ".part"}
+    assert _run(*flags) == 0
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_help_needs_none_of_the_slow_libraries():
+    script = (
+        "import sys, main\n"
+        "try: main.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "slow = {'torchvision', 'sklearn', 'tensorboard', 'rich', 'matplotlib'}\n"
+        "print(slow & sys.modules.keys(), file=sys.stderr)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stderr == "set()\n"
+    assert "--prune_rounds" in ended.stdout
 
 
 def test_one_shot_late_rewinding_is_in_the_ticket_and_goes_on_with_resume(tmp_path, capsys):

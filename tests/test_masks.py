@@ -5,22 +5,23 @@ from torch.nn.utils import prune
 
 from sparse_lth.masks import (
     block_l1_unstructured,
-    block_scores,
+    block_means,
+    common_rate,
+    densities_after,
     density,
     expand,
     keep_highest,
-    layer_densities,
     magnitude_masks,
-    weight_layers,
 )
 from sparse_lth.program.config import RunConfig
-from sparse_lth.program.models import build
+from sparse_lth.program.models import MODELS
+from sparse_lth.weights import weight_layers
 
 
 def test_block_scores_are_means_without_the_padding():
     weight = torch.tensor([[1.0, -3.0, 5.0], [0.0, 4.0, -7.0], [2.0, 2.0, 9.0]])
     expected = torch.tensor([[2.0, 6.0], [2.0, 9.0]])
-    assert torch.equal(block_scores(weight, (2, 2)), expected)
+    assert torch.equal(block_means(weight.abs(), (2, 2)), expected)
 
 
 def test_keep_highest_breaks_ties_by_position():
@@ -41,10 +42,16 @@ def _all_kept(weights):
 def test_counts_are_exact_when_every_score_ties(blocksize):
     weights = {"a": torch.ones(17, 31), "b": -torch.ones(10, 17)}
     masks = magnitude_masks(weights, _all_kept(weights), {"a": 0.3, "b": 0.7}, blocksize)
+    block, counts = blocksize[0] * blocksize[1], {}
     for name, share in (("a", 0.3), ("b", 0.7)):
-        blocks = block_scores(masks[name].float(), blocksize)
-        assert int((blocks == 1).sum()) == round(share * blocks.numel())
+        blocks = block_means(masks[name].float(), blocksize)
         assert ((blocks == 0) | (blocks == 1)).all()
+        counts[name] = int(masks[name].sum()), share * masks[name].numel()
+        assert abs(counts[name][0] - counts[name][1]) <= block
+    kept, wanted = (sum(pair) for pair in zip(*counts.values(), strict=True))
+    assert abs(kept - wanted) <= block / 2
+    if block == 1:
+        assert [kept for kept, _ in counts.values()] == [round(w) for _, w in counts.values()]
 
 
 def test_global_scope_lets_layers_compete_for_an_exact_total():
@@ -67,20 +74,24 @@ def test_what_is_pruned_stays_pruned_even_where_it_is_large():
 
 def test_the_papers_ladder_by_count():
     rounds = 15
-    config = RunConfig(prune_pc=1 - 0.8**rounds, prune_rounds=rounds)
+    left = (265_200 * 0.8**rounds + 1000 * 0.9**rounds) / 266_200
+    config = RunConfig(prune_pc=1 - left, prune_rounds=rounds)
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(layer.weight.shape, generator=generator)
-        for name, layer in weight_layers(build("lenet-300-100")).items()
+        for name, layer in weight_layers(MODELS["lenet-300-100"].empty()).items()
     }
+    schedule = config.search(MODELS["lenet-300-100"].new(generator)).schedule
     masks = _all_kept(weights)
     assert sum(m.numel() for m in masks.values()) == 266_200
     ladder = {}
     for round in range(1, rounds + 1):
-        masks = magnitude_masks(weights, masks, config.layer_densities(round))
+        masks = magnitude_masks(weights, masks, schedule[round - 1])
         hidden = (235_200, 30_000)
         expected = [*(0.8**round * n for n in hidden), 0.9**round * 1000]
-        assert [int(m.sum()) for m in masks.values()] == [*map(_round, expected)]
+        counts = [int(m.sum()) for m in masks.values()]
+        assert all(abs(n - e) <= 1 for n, e in zip(counts, expected, strict=True))
+        assert sum(counts) == _round(sum(expected))
         ladder[round] = f"{density(masks):.1%}"
     assert [ladder[r] for r in (3, 7, 9, 15)] == ["51.3%", "21.1%", "13.5%", "3.6%"]
 
@@ -90,13 +101,38 @@ def _round(value):
 
 
 def test_the_output_layer_goes_at_half_the_rate_and_stays_dense_where_blocks_do_not_fit():
-    model = build("lenet-300-100")
-    assert layer_densities(model, 0.2, 1, (1, 1), "layerwise")["fc3"] == 0.9
-    assert layer_densities(model, 0.2, 1, (1, 1), "global")["fc3"] == 0.8
-    assert set(layer_densities(model, 0.2, 1, (16, 16), "layerwise")) == {"fc1", "fc2"}
-    assert set(layer_densities(build("lenet-5"), 0.2, 1, (4, 4), "global")) == {"fc1", "fc2", "fc3"}
-    with pytest.raises(ValueError, match=r"blocks of at most \(100, 300\) to fit fc2"):
-        layer_densities(model, 0.2, 1, (128, 16), "layerwise")
+    def first(**settings):
+        config = RunConfig(prune_pc=0.2, **settings)
+        return config.search(MODELS[config.model].fresh())
+
+    densities = first(prune_rounds=1).schedule[0]
+    assert 1 - densities["fc3"] == pytest.approx((1 - densities["fc1"]) / 2)
+    assert densities["fc1"] == densities["fc2"] < 0.8 < densities["fc3"]
+    for name in ("fc1", "fc3"):
+        assert first(prune_rounds=1, scope="global").schedule[0][name] == pytest.approx(0.8)
+    assert set(first(blocksize=(16, 16)).masks) == {"fc1", "fc2"}
+    convolutional = first(model="lenet-5", blocksize=(8, 4))
+    assert set(convolutional.masks) == {"conv2", "fc1", "fc2", "fc3"}
+    assert "blocks of at most (6, 25) to fit conv1, got (8, 4)" in convolutional.dense["conv1"]
+    dense = first(blocksize=(128, 16)).dense
+    assert "blocks of at most (100, 300) to fit fc2, got (128, 16)" in dense["fc2"]
+
+
+@pytest.mark.parametrize("rates", [{}, {"head": 0.5}, {"head": 0.1, "body": 0.9}])
+def test_the_common_rate_leaves_what_was_asked_for(rates):
+    sizes = {"body": 9000, "head": 1000}
+    for asked in (0.3, 0.5, 0.99):
+        rate = common_rate(sizes, asked, 4, rates)
+        left = densities_after(sizes, rate, 4, rates)
+        assert sum(left[n] * sizes[n] for n in sizes) == pytest.approx(10_000 * asked)
+    with pytest.raises(ValueError, match=r"a density of at least 0\.066, or more rounds"):
+        common_rate(sizes, 0.01, 4, {"head": 0.1})
+
+
+def test_weights_that_are_not_finite_are_refused_by_name():
+    weights = {"a": torch.tensor([[1.0, float("nan")]])}
+    with pytest.raises(ValueError, match="finite scores for a: did its training diverge"):
+        magnitude_masks(weights, _all_kept(weights), {"a": 0.5})
 
 
 def test_block_pruning_works_on_a_users_own_model():

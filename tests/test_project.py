@@ -3,48 +3,74 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = [  # a module imports from lines above its own, and from its own line what stands before it
-    ["kernels"],
-    ["bsr", "data", "files", "models", "masks", "config"],
-    ["training", "layers", "sequential"],
-    ["lottery", "ticket"],
-    ["measure", "progress", "report"],
-    ["results", "figures", "claims", "page", "chains", "engine", "paper"],
-    ["main"],
-]
+PACKAGES = {"sparse_lth", "sparse_lth.kernels"}  # an __init__ gathers what its modules define
+# the package's face: `load_sparse(path)` then knows the models that the program exports
+EXEMPT = {"sparse_lth": {"sparse_lth.program.models"}}
+GROUPS = ("kernels", "library", "program", "experiments", "main")  # each imports from those before
 
 
-def _imports(path):
-    """The project's modules that a file imports, by their names in LAYERS."""
+def _group(module):
+    """Which of GROUPS a module of the project belongs to."""
+    part, *rest = module.split(".")
+    if part == "sparse_lth" and rest:
+        part = rest[0]
+    return part if part in GROUPS else "library"
+
+
+def _modules():
+    """Every module of the project by the name that it has once installed, with its file."""
+    found = {"main": ROOT / "main.py"}
+    for folder, package in ((ROOT / "kernels", "sparse_lth.kernels"), (ROOT / "sparse_lth", "")):
+        for path in folder.rglob("*.py"):
+            parts = (package, *path.relative_to(folder if package else ROOT).with_suffix("").parts)
+            found[".".join(filter(None, parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def _imports(name, path, modules):
+    """The modules of the project that this one imports, wherever in its file."""
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            names = [module] if module else [alias.name for alias in node.names]
-            if node.level or module.split(".")[0] == "sparse_lth":
-                for name in names:
-                    parts = name.removeprefix("sparse_lth").strip(".").split(".")
-                    yield parts[0] or next(alias.name for alias in node.names)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")
+            base = above[: len(above) - node.level + 1] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                member = f"{source}.{alias.name}"
+                if member in modules or source in modules:
+                    yield member if member in modules else source
 
 
-def test_imports_run_one_way():
-    order = [name for layer in LAYERS for name in layer]
-    paths = {path.stem: path for path in (ROOT / "sparse_lth").rglob("*.py")}
-    paths["main"] = ROOT / "main.py"
-    assert paths.keys() - {"__init__", "__main__"} == set(order) - {"kernels"}
-    for name in order[1:]:
-        for imported in _imports(paths[name]):
-            assert order.index(imported) < order.index(name), f"{name} imports {imported}"
+@pytest.fixture(scope="module")
+def imports():
+    modules = _modules()
+    return {name: {*_imports(name, path, modules)} for name, path in modules.items()}
 
 
-def test_kernels_import_nothing_of_the_package():
-    siblings = {p.stem for p in (ROOT / "kernels").glob("*.py")} | {"_native"}
-    for path in (ROOT / "kernels").glob("*.py"):
-        assert set(_imports(path)) <= siblings, path
+def test_kernels_then_library_then_program_then_experiments_then_main(imports):
+    assert {_group(name) for name in imports} == set(GROUPS)
+    for name, imported in imports.items():
+        for other in imported - EXEMPT.get(name, set()):
+            assert GROUPS.index(_group(other)) <= GROUPS.index(_group(name)), f"{name}: {other}"
+
+
+def test_no_module_imports_itself_by_way_of_others(imports):
+    graph = {n: i - EXEMPT.get(n, set()) for n, i in imports.items() if n not in PACKAGES}
+    TopologicalSorter({n: i - PACKAGES for n, i in graph.items()}).prepare()  # raises CycleError
+
+
+def test_kernels_import_nothing_of_the_package(imports):
+    for name, imported in imports.items():
+        if _group(name) == "kernels":
+            assert {_group(other) for other in imported} <= {"kernels"}, name
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])

@@ -9,11 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from sparse_lth.masks import weight_layers
 from sparse_lth.program.config import RunConfig
 from sparse_lth.program.data import Split
 from sparse_lth.program.measure import compare, summarise
-from sparse_lth.program.models import build
+from sparse_lth.program.models import MODELS
 from sparse_lth.program.report import (
     factor,
     headline,
@@ -23,14 +22,16 @@ from sparse_lth.program.report import (
     verdict,
     write_page,
 )
+from sparse_lth.program.tickets import sparse_network
 from sparse_lth.saving import save_sparse
 from sparse_lth.ticket import Ticket
+from sparse_lth.weights import weight_layers
 
 
 def make_ticket(**settings) -> Ticket:
     """Three rounds; the last mask of each layer keeps its upper left quarter."""
     config = RunConfig(**settings)
-    model = build(config.model)
+    model = MODELS[config.model].empty()
     init = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
     masks, trained = {}, dict(init)
     for name, layer in weight_layers(model).items():
@@ -47,7 +48,7 @@ def make_ticket(**settings) -> Ticket:
         }
         for n, density in enumerate((1.0, 0.512, 0.25))
     )
-    return Ticket(config.search_settings(), init, masks, trained, rounds)
+    return Ticket(init, masks, trained, rounds, {}, config.search_settings())
 
 
 def speed(batch: int, gain: float, spread: float = 0.01) -> dict:
@@ -219,7 +220,7 @@ def test_the_measured_summary_is_json_and_reports(tmp_path, monkeypatch):
         lambda models, x: {"dense": [2e-4, 3e-4, 2e-4], "pruned": [1e-4, 1e-4, 1e-4]},
     )
     ticket = make_ticket(export_blocksize=(16, 16))
-    save_sparse(ticket.sparse_network((16, 16)), tmp_path / "model", ticket.model)
+    save_sparse(sparse_network(ticket, (16, 16)), tmp_path / "model", "lenet-300-100")
     test = Split(torch.zeros(20, 1, 28, 28), torch.zeros(20, dtype=torch.int64))
     summary = compare(ticket, tmp_path / "model", test)
     assert json.loads(json.dumps(summary)) == summary

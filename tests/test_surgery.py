@@ -1,10 +1,10 @@
 """Random sequences of what people do to modules, on a sparse model and on a masked dense one."""
 
 import copy
+import itertools
 import pickle
 import random
 import warnings
-from itertools import pairwise
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def dense_of(layer, values, padding=0):
     """The (out_features, in_features) matrix of values (nnz, C, R) at the blocks of a layer."""
     (R, C), crow, col = layer.blocksize, layer.crow_indices.tolist(), layer.col_indices.tolist()
     full = values.new_zeros(layer.out_features + R, layer.in_features + C)
-    for r, (start, end) in enumerate(pairwise(crow)):
+    for r, (start, end) in enumerate(itertools.pairwise(crow)):
         for n in range(start, end):
             full[r * R : (r + 1) * R, col[n] * C : (col[n] + 1) * C] = values[n].T
     return full[: layer.out_features, : layer.in_features]
@@ -57,7 +57,7 @@ def stored(layer, dense):
     return torch.stack(
         [
             full[r * R : (r + 1) * R, col[n] * C : (col[n] + 1) * C].T
-            for r, (start, end) in enumerate(pairwise(crow))
+            for r, (start, end) in enumerate(itertools.pairwise(crow))
             for n in range(start, end)
         ]
         or [full.new_zeros(C, R)]
@@ -75,7 +75,7 @@ def a_mask(shape, blocksize, inside, choose):
 
 
 def fresh(dtype):
-    linears = (nn.Linear(*pair, dtype=dtype) for pair in pairwise(SIZES))
+    linears = (nn.Linear(*pair, dtype=dtype) for pair in itertools.pairwise(SIZES))
     modules = [module for linear in linears for module in (linear, nn.ReLU())][:-1]
     return SparseSequential(*modules)
 

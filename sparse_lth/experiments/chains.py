@@ -9,20 +9,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from ..lottery import State, Tensors, masked_model, next_round, redraw, train_round
-from ..masks import density
+from ..masks import densities_after, density
 from ..program.config import RunConfig
 from ..program.data import Dataset
-from ..program.models import NARROW, build
+from ..program.lottery import Lottery, State, begin_round, redraw, search_from
+from ..program.models import MODELS, NARROW
+from ..program.tickets import make_ticket
 from ..program.training import evaluate
-from ..ticket import Ticket
-
-Start = Callable[[RunConfig, State], State]  # where a round starts, from what was trained before
+from ..weights import Tensors, masked, prunable, snapshot, write_
 
 RATE, LAST = 0.2, 15  # the paper prunes 20 % in each round; after 15 are left 3.6 %
 TICKET = "winning ticket"
 MEASURES = ("train_loss", "validation_loss", "validation_accuracy", "test_accuracy")
+ROW = {  # of the results, with its types
+    **dict.fromkeys(("method", "model", "blocksize"), str),
+    **dict.fromkeys(("replicate", "seed", "round", "iteration"), int),
+    "density": float,
+    **dict.fromkeys(MEASURES, float | None),
+}
 
 
 @dataclass(frozen=True)
@@ -56,23 +62,17 @@ class Plan:
 class Method:
     """How a chain's rounds start.
 
-    one_shot: each prunes the dense network; late: rewinds to the plan's rewind_step; lr: of all
-    rounds but the dense one
+    one_shot: each prunes the dense network; late: rewinds to the plan's rewind_step; rewind: as
+    `Search` has it; lr: of all rounds but the dense one
     """
 
-    start: Start = next_round
     one_shot: bool = False
     late: bool = False
+    rewind: str = "init"
     lr: float = 1.2e-3
 
 
-def keep_weights(config: RunConfig, state: State) -> State:
-    """Prunes and does not rewind."""
-    weights = {name: weight.cpu() for name, weight in state.weights.items()}
-    return replace(next_round(config, state), weights=weights)
-
-
-def scatter_masks(config: RunConfig, state: State) -> State:
+def scatter_masks(state: State) -> State:
     """The state with masks that keep as many weights of each layer, at random."""
     generator = torch.Generator()
     generator.set_state(state.generator)
@@ -80,16 +80,17 @@ def scatter_masks(config: RunConfig, state: State) -> State:
     for name, mask in state.masks.items():
         order = torch.randperm(mask.numel(), generator=generator)
         masks[name] = mask.flatten()[order].view(mask.shape)
-    return replace(state, masks=masks, generator=generator.get_state())
+    weights = masked(state.init, masks)
+    return replace(state, masks=masks, weights=weights, generator=generator.get_state())
 
 
 METHODS = {
     TICKET: Method(),
     "one-shot": Method(one_shot=True),
     "late rewinding": Method(late=True),
-    "learning-rate rewinding": Method(keep_weights),
+    "learning-rate rewinding": Method(rewind="weights"),
     # the paper's learning rate is constant, so there is no low one at its end to go on with
-    "fine-tuning": Method(keep_weights, lr=1.2e-4),
+    "fine-tuning": Method(rewind="weights", lr=1.2e-4),
     "dense": Method(),
 }
 CONTROLS = {"random reinit": redraw, "random mask": scatter_masks}  # from the ticket's own start
@@ -112,6 +113,14 @@ class Chain:
         method = self.method.replace(" ", "_")
         return f"{method}-{self.model}-{rows}x{cols}-{self.replicate}"
 
+    @property
+    def density(self) -> float:
+        """What the paper's ladder leaves in the end."""
+        kind = MODELS[self.model]
+        sizes = prunable(kind.empty(), self.blocksize).sizes()
+        left = densities_after(sizes, RATE, LAST, {kind.output: 0.5})
+        return sum(left[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
     def config(self, plan: Plan, level: int) -> RunConfig:
         """The search that trains this round."""
         method = METHODS[self.method]
@@ -123,7 +132,7 @@ class Chain:
             bs=60,
             iterations=plan.iterations,
             every=plan.every,
-            prune_pc=1 - (1 - RATE) ** LAST,
+            prune_pc=1 - self.density,
             prune_rounds=LAST,
             blocksize=self.blocksize,
             rewind_step=plan.rewind_step if method.late else "0it",
@@ -152,35 +161,40 @@ def run_chain(plan: Plan, chain: Chain, data: Dataset, folder: Path) -> Iterator
     evaluation so far.
     """
     path, method = chain_path(folder, chain), METHODS[chain.method]
-    state = State.load(path) if path.exists() else State.start(chain.config(plan, 0))
+    config = chain.config(plan, 0)
+    state = State.load(path, ROW) if path.exists() else Lottery(config, data).start()
     rows = list(state.history)
     done = rows[-1]["round"] if rows else -1
-    for level in (0, *chain.levels):
-        if level <= done:
+    for levels in [(level,) for level in chain.levels] if method.one_shot else [chain.levels]:
+        if done >= 0 and done >= max(levels, default=0):
             continue
-        config, source = chain.config(plan, level), state
-        start = method.start(config, replace(source, round=level - 1)) if level else source
-        starts = {chain.method: start}
-        if level and chain.controls:
-            starts |= {name: control(config, start) for name, control in CONTROLS.items()}
-        for name, start in starts.items():
-            began = time.perf_counter()
-            run = f"{chain.name}/{name.replace(' ', '_')}/round_{level}"
-            curves = _Curves(folder / "tensorboard" / run, plan.curves)
-            trained, records = _train(config, data, start, plan.test_every, curves.add)
-            curves.close()
-            rows += [_row(chain, name, level, record) for record in records]
-            if name == chain.method:
-                state, end = trained, records[-1]
-            yield _describe(chain, name, level, records, time.perf_counter() - began)
-        if is_measured(chain):
-            settings, rounds = config.search_settings(), (end,)
-            ticket = Ticket(settings, state.init, state.masks, state.weights, rounds)
-            ticket.save(ticket_path(folder, chain, level))
-        if method.one_shot and level:
-            state = source
-        state = replace(state, optimizer={}, history=tuple(rows))
-        state.save(path)
+        search = search_from(config, state, done >= 0, levels=levels, rewind=method.rewind)
+        for round in search:
+            level = (0, *levels)[round]
+            lottery = Lottery(chain.config(plan, level), data)
+            start = begin_round(state, search) if level else state
+            starts = {chain.method: start}
+            if level and chain.controls:
+                starts |= {name: control(start) for name, control in CONTROLS.items()}
+            for name, start in starts.items():
+                began = time.perf_counter()
+                run = f"{chain.name}/{name.replace(' ', '_')}/round_{level}"
+                curves = _Curves(folder / "tensorboard" / run, plan.curves)
+                network = search.model if name == chain.method else start.model()
+                last, records = _train(lottery, network, start, plan.test_every, curves.add)
+                curves.close()
+                rows += [_row(chain, name, level, record) for record in records]
+                if name == chain.method:
+                    trained, end = replace(last, weights=snapshot(search.model)), records[-1]
+                yield _describe(chain, name, level, records, time.perf_counter() - began)
+            search.init = trained.init
+            if is_measured(chain):
+                ticket = make_ticket(replace(trained, history=(end,)))
+                ticket.save(ticket_path(folder, chain, level))
+            if not (method.one_shot and level):
+                state = replace(trained, optimizer={})
+            state, done = replace(state, history=tuple(rows)), level
+            state.save(path)
 
 
 def is_measured(chain: Chain) -> bool:
@@ -197,37 +211,40 @@ def ticket_path(folder: Path, chain: Chain, level: int) -> Path:
 
 
 def _train(
-    config: RunConfig, data: Dataset, start: State, test_every: int, log: Callable[[dict], None]
+    lottery: Lottery,
+    model: nn.Module,
+    start: State,
+    test_every: int,
+    log: Callable[[dict], None],
 ) -> tuple[State, list[dict]]:
     """Trains one round -> (its last state, its records from step 0, which `log` gets as they come).
 
     The record of the least validation loss, the early stop, has its test accuracy.
     """
-    network = masked_model(config.model, start.weights, start.masks).to(config.device)
-    loss, accuracy = evaluate(network, data.validation)
+    data, other = lottery.data, start.model().to(lottery.config.device)
+
+    def test(weights: Tensors) -> float:
+        write_(other, weights, {})
+        return evaluate(other, data.test)[1]
+
+    loss, accuracy = evaluate(other, data.validation)
     first = {"round": start.round, "step": 0, "density": density(start.masks)}
     first |= {"validation_loss": loss, "validation_accuracy": accuracy}
-    records = [{**first, "test_accuracy": evaluate(network, data.test)[1]}]
+    records = [{**first, "test_accuracy": test(start.weights)}]
     log(records[0])
     early, early_weights, state = records[0], {}, start
-    for state in train_round(config, data, replace(start, history=())):
+    for state in lottery.train(model, replace(start, history=())):
         record = dict(state.history[-1])
         if state.step % test_every == 0 and "test_accuracy" not in record:
-            record["test_accuracy"] = _test(config, state.weights, data)
+            record["test_accuracy"] = test(state.weights)
         if record["validation_loss"] < early["validation_loss"]:
             early = record
             early_weights = {name: weight.clone() for name, weight in state.weights.items()}
         records.append(record)
         log(record)
     if "test_accuracy" not in early:
-        early["test_accuracy"] = _test(config, early_weights, data)
+        early["test_accuracy"] = test(early_weights)
     return state, records
-
-
-def _test(config: RunConfig, weights: Tensors, data: Dataset) -> float:
-    network = build(config.model)
-    network.load_state_dict(weights, assign=True)
-    return evaluate(network, data.test)[1]
 
 
 def _row(chain: Chain, method: str, level: int, record: dict) -> dict:

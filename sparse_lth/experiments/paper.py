@@ -15,16 +15,16 @@ import torch
 
 from ..files import FormatError, write
 from ..kernels import backend
-from ..lottery import State
 from ..program.config import DATASETS
 from ..program.data import DataError, load
+from ..program.lottery import State
 from ..program.measure import latencies, summarise
-from ..program.models import NARROW, build, initialise
+from ..program.models import NARROW
+from ..program.tickets import dense_network, load_ticket, sparse_network
 from ..program.training import TrainingError
 from ..sequential import SparseSequential
-from ..ticket import Ticket
 from . import results
-from .chains import TICKET, Chain, Plan, chain_path, grid, is_measured, ticket_path
+from .chains import ROW, TICKET, Chain, Plan, chain_path, grid, is_measured, ticket_path
 from .engine import EngineError, run_pool, run_ray
 from .page import write_page
 
@@ -96,7 +96,7 @@ def remember(plan: Plan, path: Path) -> None:
 
 def collect(chains: Sequence[Chain], folder: Path) -> list[dict]:
     """The rows of all chains, in the order of the chains."""
-    return [row for chain in chains for row in State.load(chain_path(folder, chain)).history]
+    return [row for chain in chains for row in State.load(chain_path(folder, chain), ROW).history]
 
 
 def measure(chains: Sequence[Chain], folder: Path, image: torch.Tensor) -> dict[tuple, dict]:
@@ -113,14 +113,13 @@ def measure(chains: Sequence[Chain], folder: Path, image: torch.Tensor) -> dict[
     networks = {}
     for chain in filter(is_measured, chains):
         for level in (0, *chain.levels):
-            ticket = Ticket.load(ticket_path(folder, chain, level))
+            ticket = load_ticket(ticket_path(folder, chain, level))
             key = (chain.method, chain.model, "x".join(map(str, chain.blocksize)), level)
-            networks[key, "one call"] = ticket.sparse_network(chain.blocksize)
+            networks[key, "one call"] = sparse_network(ticket, chain.blocksize)
             if level == 0:
-                networks[key, "layers"] = ticket.dense_network()
-    for name in NARROW:
-        network = build(name)
-        network.load_state_dict(initialise(network, torch.Generator()), assign=True)
+                networks[key, "layers"] = dense_network(ticket)
+    for name, kind in NARROW.items():
+        network = kind.new(torch.Generator())
         key = ("dense", name, "1x1", 0)
         networks[key, "layers"] = network.eval()
         networks[key, "one call"] = SparseSequential(OrderedDict(network.named_children())).eval()

@@ -2,23 +2,34 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass
+import reprlib
+from dataclasses import asdict, dataclass, fields
+from types import NoneType, UnionType
+from typing import get_args, get_origin
 
 import torch
+from torch import nn
 
-from ..bsr import grid_shape
-from ..masks import layer_densities, weight_layers
-from .models import MODELS, build
+from ..masks import SCOPES
+from ..search import Search
+from ..weights import weight_layers
+from .data import SOURCES
+from .models import MODELS
 
-SCOPES = ("layerwise", "global")
 TRAIN_SPARSE = ("auto", "on", "off")
-DATASETS = ("auto", "mnist", "digits")
-_STEPS = re.compile(r"(\d+)(it|ep)")
+DEVICES = ("cpu", "cuda")
+DATASETS = ("auto", *SOURCES)
+MOST = 10**9  # of epochs, steps and the like: what is more was not meant
+_STEPS = re.compile(r"([0-9]{1,9})(it|ep)")
+
+
+class SettingError(ValueError):
+    """A setting cannot be; the message names it and says what was expected."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of one search; raises ValueError where one cannot be.
+    """The settings of one search; raises SettingError where one cannot be.
 
     prune_pc is the fraction of weights pruned in total when all rounds are done; blocksize (R, C)
     is outputs x inputs, (1, 1) being single weights; export_blocksize, when not None, asks for
@@ -52,42 +63,71 @@ class RunConfig:
     device: str = "cpu"
 
     def __post_init__(self):
-        self._expect("model", f"one of {', '.join(MODELS)}", self.model in MODELS)
-        self._expect("dataset", f"one of {', '.join(DATASETS)}", self.dataset in DATASETS)
-        self._expect("scope", f"one of {', '.join(SCOPES)}", self.scope in SCOPES)
-        known = self.train_sparse in TRAIN_SPARSE
-        self._expect("train_sparse", f"one of {', '.join(TRAIN_SPARSE)}", known)
-        self._expect("lr", "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
-        self._expect("bs", "at least 1", self.bs >= 1)
-        self._expect("epochs", "at least 1", self.epochs >= 1)
-        for name in ("iterations", "every"):
+        for field in fields(self):
+            holds = is_a(getattr(self, field.name), field.type)
+            self._expect(field.name, describe_type(field.type), holds)
+        for name, values in (
+            ("model", MODELS),
+            ("dataset", DATASETS),
+            ("scope", SCOPES),
+            ("train_sparse", TRAIN_SPARSE),
+            ("device", DEVICES),
+        ):
+            self._expect(name, f"one of {', '.join(values)}", getattr(self, name) in values)
+        for name in ("bs", "epochs", "iterations", "every", "prune_rounds"):
             value = getattr(self, name)
-            self._expect(name, "at least 1", value is None or value >= 1)
-        self._expect(
-            "rewind_step", "steps or epochs, as in 500it or 1ep", _STEPS.fullmatch(self.rewind_step)
-        )
+            self._expect(name, f"1 to {MOST}", value is None or 1 <= value <= MOST)
+        self._expect("lr", "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
+        self._expect("prune_pc", "a fraction above 0 and below 1", 0 < self.prune_pc < 1)
+        self._expect("seed", "0 or more", self.seed >= 0)
+        self._expect("data_dir", "a path in UTF-8", is_path(self.data_dir))
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise SettingError(
+                "device: expected cpu or auto, since torch sees no GPU here, got cuda"
+            )
+        expected = "steps or epochs, as in 500it or 1ep"
+        self._expect("rewind_step", expected, _STEPS.fullmatch(self.rewind_step))
         late = steps(self.rewind_step, per_epoch=1) > 0
         self._expect("reinit", "no rewind_step beside it", not (self.reinit and late))
-        self._expect("prune_rounds", "at least 1", self.prune_rounds >= 1)
-        self._expect("prune_pc", "a fraction above 0 and below 1", 0 < self.prune_pc < 1)
-        self._expect("seed", "0 or more", 0 <= self.seed < 2**63)
         for name in ("blocksize", "export_blocksize"):
             if (blocksize := getattr(self, name)) is not None:
                 self._expect(name, "two sizes of at least 1", min(blocksize) >= 1)
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device: expected cpu or auto, since torch sees no GPU here, got cuda")
-        densities = self.layer_densities(self.rounds)  # raises where a block does not fit
-        for name, layer in weight_layers(build(self.model)).items():
-            blocks = math.prod(grid_shape(layer.weight.flatten(1).shape, self.blocksize))
-            if self.scope == "layerwise" and round(densities.get(name, 1) * blocks) == 0:
-                raise ValueError(
-                    f"prune_pc: expected to leave at least one of the {blocks} blocks of {name}, "
-                    f"got {self.prune_pc}"
-                )
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        """Blocks fit a layer, and pruning leaves some and removes some."""
+        model = MODELS[self.model].fresh()
+        try:
+            masks = self.search(model).masks
+        except ValueError as error:
+            raise SettingError(f"prune_pc and blocksize: {error}") from error
+        blocks = sum(mask.numel() for mask in masks.values()) / math.prod(self.blocksize)
+        pruned = self.prune_pc * blocks
+        self._expect("prune_pc", f"to prune at least one of {blocks:.0f} blocks", pruned >= 0.5)
+        left = f"to leave at least one of {blocks:.0f} blocks"
+        self._expect("prune_pc", left, blocks - pruned >= 0.5)
+        if self.export_blocksize:
+            rows, cols = self.export_blocksize
+            shapes = [m.weight.flatten(1).shape for m in weight_layers(model).values()]
+            smaller = any(
+                rows <= shape[0] and cols <= shape[1] and rows * cols < shape.numel()
+                for shape in shapes
+            )
+            largest = "x".join(map(str, max(shapes, key=math.prod)))
+            expected = f"blocks smaller than a layer, the largest of which is {largest}"
+            self._expect("export_blocksize", expected, smaller)
+
+    def expect_rewind_step_within(self, images: int) -> None:
+        """Raises SettingError if round 0, on so many training images, ends before rewind_step."""
+        per_epoch = math.ceil(images / self.bs)
+        total = self.iterations or self.epochs * per_epoch
+        within = steps(self.rewind_step, per_epoch) <= total
+        self._expect("rewind_step", f"a step within the {total} of a round", within)
 
     def _expect(self, name: str, expected: str, holds: bool) -> None:
         if not holds:
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+            got = reprlib.repr(getattr(self, name)).strip("'")
+            raise SettingError(f"{name}: expected {expected}, got {got}")
 
     @property
     def rounds(self) -> int:
@@ -99,10 +139,26 @@ class RunConfig:
         """The fraction of the weights still alive that one round prunes."""
         return 1 - (1 - self.prune_pc) ** (1 / self.prune_rounds)
 
-    def layer_densities(self, round: int) -> dict[str, float]:
-        """Density of each layer that is pruned, after `round` rounds (masks.layer_densities)."""
-        round = round * self.prune_rounds if self.one_shot else round
-        return layer_densities(build(self.model), self.rate, round, self.blocksize, self.scope)
+    def search(
+        self, model: nn.Module, levels: tuple[int, ...] | None = None, rewind: str = "init"
+    ) -> Search:
+        """The library's search of this model of the registry, before its first round.
+
+        Layerwise, the output layer is pruned at half the rate, as in the paper.
+        """
+        if self.one_shot:
+            levels = (self.prune_rounds,)
+        half = {MODELS[self.model].output: 0.5}
+        return Search(
+            model,
+            1 - self.prune_pc,
+            self.prune_rounds,
+            self.blocksize,
+            scope=self.scope,
+            rates=half if self.scope == "layerwise" else {},
+            levels=levels,
+            rewind=rewind,
+        )
 
     def search_settings(self) -> dict:
         """What a ticket says of its run, as JSON holds it: everything but where the data lay."""
@@ -110,11 +166,55 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, settings: dict) -> "RunConfig":
-        """The inverse of dataclasses.asdict, JSON's lists made tuples again."""
-        try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"expected the settings of a run, got {settings}: {error}") from error
+        """The inverse of dataclasses.asdict, JSON's lists made tuples again.
+
+        Raises SettingError, whatever JSON it gets, unless these are the settings of a run.
+        """
+        known = {field.name for field in fields(cls)}
+        if not isinstance(settings, dict) or not settings.keys() <= known:
+            raise SettingError(
+                f"expected the settings of a run, {', '.join(sorted(known))}, "
+                f"got {reprlib.repr(settings)}"
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
+_KINDS = {
+    int: "a whole number of 64 bits",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "two whole numbers",
+    NoneType: "nothing",
+}
+
+
+def describe_type(kind: type) -> str:
+    """The type of a setting in words."""
+    if isinstance(kind, UnionType):
+        return " or ".join(map(describe_type, get_args(kind)))
+    return _KINDS[get_origin(kind) or kind]
+
+
+def is_a(value: object, kind: type) -> bool:
+    """Whether a setting's value has this type exactly: a bool is no int, an int fits 64 bits."""
+    if isinstance(kind, UnionType):
+        return any(is_a(value, part) for part in get_args(kind))
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        return type(value) is tuple and len(value) == len(parts) and all(map(is_a, value, parts))
+    if type(value) is int and kind in (int, float):
+        return abs(value) < 2**63
+    return type(value) is kind
+
+
+def is_path(text: str) -> bool:
+    """Whether the files that we write can hold this path."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def steps(text: str, per_epoch: int) -> int:

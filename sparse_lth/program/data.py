@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.datasets.mnist import MNIST, read_image_file, read_label_file
+
+from ..files import FormatError, file_size
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels in 0..1
 VALIDATION = 5000  # of MNIST's 60,000 training images
@@ -78,23 +79,15 @@ def load(
 
     Raises DataError for a damaged or unreadable file, and where `mnist` cannot be had.
     """
-    if name not in ("auto", "mnist", "digits"):
-        raise DataError(f"expected dataset auto, mnist or digits, got {name}")
-    if name == "digits":
-        return _digits(device)
-    raw = Path(root).expanduser() / "MNIST" / "raw"
-    try:
-        _provide(raw, *PATIENCE[name], notify)
-    except DownloadError as error:
-        reason = f"MNIST is not in {raw} and could not be downloaded ({error})"
-        if name == "auto":
-            notify(f"{reason}; going on with scikit-learn's digits")
-            return _digits(device)
-        raise DataError(
-            f"{reason}; put {', '.join(FILES)} there, unpacked, "
-            f"or name the folder of a copy with --data_dir, or choose --dataset digits"
-        ) from error
-    return _mnist(raw, device)
+    if name not in ("auto", *SOURCES):
+        raise DataError(f"expected dataset auto, {' or '.join(SOURCES)}, got {name}")
+    *wanted, last = SOURCES.values() if name == "auto" else [SOURCES[name]]
+    for source in wanted:
+        try:
+            return source.load(root, device, False, notify)
+        except DownloadError as error:
+            notify(f"{error}; going on with {last.title}")
+    return last.load(root, device, True, notify)
 
 
 def batches(split: Split, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -113,7 +106,29 @@ def _split(images: Tensor, labels: Tensor, white: int, device: torch.device | st
     return Split(images.div_(white).sub_(MEAN).div_(STD), labels.to(device))
 
 
+def _load_mnist(
+    root: str | Path, device: torch.device | str, patient: bool, notify: Callable[[str], None]
+) -> Dataset:
+    try:
+        raw = Path(root).expanduser() / "MNIST" / "raw"
+    except RuntimeError as error:  # there is no such user
+        raise DataError(f"cannot find {root}: {error}") from error
+    try:
+        _provide(raw, *PATIENCE["mnist" if patient else "auto"], notify)
+    except DownloadError as error:
+        reason = f"MNIST is not in {raw} and could not be downloaded ({error})"
+        if not patient:
+            raise DownloadError(reason) from error
+        raise DataError(
+            f"{reason}; put {', '.join(FILES)} there, unpacked, "
+            f"or name the folder of a copy with --data_dir, or choose --dataset digits"
+        ) from error
+    return _mnist(raw, device)
+
+
 def _mnist(raw: Path, device: torch.device | str) -> Dataset:
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
     # Not MNIST(root): it prefers a processed/training.pt, which nobody has checked.
     (images, labels), test = (
         (
@@ -171,18 +186,20 @@ def _provide(raw: Path, silence: float, total: float, notify: Callable[[str], No
 
 def _verified(path: Path) -> bool:
     """False if there is no such file; raises DataError if it is not what MNIST has."""
+    size, md5 = FILES[path.name]
     try:
-        content = path.read_bytes()
+        found = file_size(path)
+        if found == size and _md5(path.read_bytes()) == md5:
+            return True
     except FileNotFoundError:
         return False
+    except FormatError as error:
+        raise DataError(str(error)) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    size, md5 = FILES[path.name]
-    if len(content) == size and _md5(content) == md5:
-        return True
     raise DataError(
-        f"{path} is damaged: expected {size} bytes with md5 {md5}, "
-        f"got {len(content)} with {_md5(content)}; delete it to have it downloaded again"
+        f"{path} is damaged: expected {size} bytes with md5 {md5}, got "
+        f"{'others' if found == size else f'{found} bytes'}; delete it to have it downloaded again"
     )
 
 
@@ -199,6 +216,8 @@ def _download(
     torchvision's own download has no limit. A socket's timeout does not cover the name lookup,
     which cannot be interrupted: hence a thread, left behind if need be, that touches no disk.
     """
+    from torchvision.datasets.mnist import MNIST
+
     events = queue.SimpleQueue()  # None for each chunk, at last the files or a DownloadError
     limits = silence / len(MNIST.mirrors), time.monotonic() + total  # every mirror has its turn
     threading.Thread(target=_fetch, args=(names, *limits, events), daemon=True).start()
@@ -224,6 +243,8 @@ def _fetch(names: list[str], timeout: float, deadline: float, events: queue.Simp
 
 def _fetch_file(name: str, timeout: float, deadline: float, events: queue.SimpleQueue) -> bytes:
     """The unpacked file, from the first mirror that has it whole."""
+    from torchvision.datasets.mnist import MNIST
+
     failures = []
     for mirror in MNIST.mirrors:
         try:
@@ -247,3 +268,23 @@ def _read(url: str, timeout: float, deadline: float, events: queue.SimpleQueue) 
             if time.monotonic() > deadline:
                 raise DownloadError("the connection is too slow")
     return b"".join(chunks)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from.
+
+    load: (root, device, patient, notify) -> Dataset; where it is not patient, it may raise a
+        DownloadError soon, and `auto` goes on with the next
+    title: its name in a sentence
+    """
+
+    load: Callable[..., Dataset]
+    train_images: int
+    title: str
+
+
+SOURCES = {  # in the order that `auto` tries them
+    "mnist": Source(_load_mnist, 55_000, "MNIST"),
+    "digits": Source(lambda root, device, *_: _digits(device), 1_350, "scikit-learn's digits"),
+}

@@ -1,5 +1,6 @@
 """Dense against pruned on this machine: accuracy, latency, throughput, bytes."""
 
+import math
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,10 @@ from ..kernels import backend
 from ..layers import SparseLinear
 from ..saving import load_sparse
 from ..ticket import Ticket
+from ..weights import weight_layers
 from .data import Split
+from .models import MODELS
+from .tickets import dense_network
 from .training import evaluate
 
 
@@ -44,15 +48,22 @@ def summarise(ticket: Ticket, device: str) -> dict:
     """What was found and where, as JSON: what every figure of a report stands beside.
 
     -> {"device" by its name, "threads", "python", "torch", "triton" or None: versions,
-    "density", "layers": {"layer", "shape", "kept": weights}, "pixels": the first-layer weights
-    that each of the 28 x 28 inputs keeps, None behind a convolution}
+    "density" of the masks, "layers": {"layer", "shape", "kept": weights} and, where it stayed
+    dense, "dense": why; "pixels": the first-layer weights that each of the 28 x 28 inputs keeps,
+    None behind a convolution}
     """
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = None
-    first = next(iter(ticket.masks.values()))
-    pixels = first.sum(0).view(28, 28).tolist() if first.dim() == 2 else None
+    kind = MODELS[ticket.settings["model"]]
+    layers, masks = [], []
+    for name, layer in weight_layers(kind.empty()).items():
+        masks.append(ticket.masks.get(name, torch.ones(layer.weight.shape, dtype=torch.bool)))
+        row = {"layer": name, "shape": [*layer.weight.shape], "kept": int(masks[-1].sum())}
+        layers.append(row | ({"dense": ticket.dense[name]} if name in ticket.dense else {}))
+    flat = masks[0].dim() == 2
+    pixels = masks[0].sum(0).view(kind.input_shape[1:]).tolist() if flat else None
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -60,10 +71,7 @@ def summarise(ticket: Ticket, device: str) -> dict:
         "torch": torch.__version__,
         "triton": triton,
         "density": ticket.density,
-        "layers": [
-            {"layer": name, "shape": list(mask.shape), "kept": int(mask.sum())}
-            for name, mask in ticket.masks.items()
-        ],
+        "layers": layers,
         "pixels": pixels,
     }
 
@@ -76,7 +84,7 @@ def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
     network is, below 1 where it is worse; a row of speed has its "batch", and in "gain_range" the
     20th and 80th percentile of the gain over the turns.
     """
-    dense = ticket.dense_network().to(test.images.device)
+    dense = dense_network(ticket).to(test.images.device)
     sparse = load_sparse(sparse_path).to(test.images.device)
     rows = [
         {
@@ -107,7 +115,7 @@ def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
     for layer in summary["layers"]:
         layer["stored"] = _stored(sparse.get_submodule(layer["layer"]))
     stored = sum(layer["stored"] for layer in summary["layers"])
-    stored_density = stored / sum(mask.numel() for mask in ticket.masks.values())
+    stored_density = stored / sum(math.prod(layer["shape"]) for layer in summary["layers"])
     return {
         **summary,
         "backend": backend(test.images).name,

@@ -1,10 +1,13 @@
 """LeNet-300-100, narrower ones, and LeNet-5 on (batch, 1, 28, 28) images, 10 classes."""
 
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..saving import BUILDERS
 from ..sequential import SparseSequential
@@ -42,31 +45,62 @@ def _lenet_5() -> nn.Sequential:
     )
 
 
+def glorot_(model: nn.Module, generator: torch.Generator) -> None:
+    """Draws θ₀ as the paper does: Gaussian Glorot weights, zero biases; norms do nothing yet."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_normal_(module.weight, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):  # of BatchNorm and its kind: no chance in it
+            module.reset_parameters()
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the program has to know of a model.
+
+    build: () -> the model; initialise(model, generator) draws its first weights in place
+    input_shape: of one sample; loss(outputs, labels, reduction) -> (), as torch's functions have it
+    output: the name of the output layer, which is pruned at half the rate
+    """
+
+    build: Callable[[], nn.Module]
+    initialise: Callable[[nn.Module, torch.Generator], None] = glorot_
+    input_shape: tuple[int, ...] = (1, 28, 28)
+    loss: Callable[..., Tensor] = F.cross_entropy
+    output: str = "fc3"
+
+    def empty(self) -> nn.Module:
+        """All shapes and no weights, on the meta device."""
+        with torch.device("meta"):
+            return self.build()
+
+    def fresh(self) -> nn.Module:
+        """With whatever weights, to be filled."""
+        return self.empty().to_empty(device="cpu")
+
+    def new(self, generator: torch.Generator) -> nn.Module:
+        """With its first weights, of which there are no others."""
+        model = self.fresh()
+        self.initialise(model, generator)
+        return model
+
+
 NARROW = {  # what pruning competes with: the same network, narrower
-    f"lenet-{3 * width}-{width}": partial(_lenet_fc, 3 * width, width) for width in (50, 25, 10, 5)
+    f"lenet-{3 * width}-{width}": Model(partial(_lenet_fc, 3 * width, width))
+    for width in (50, 25, 10, 5)
 }
-MODELS = {"lenet-300-100": partial(_lenet_fc, 300, 100), "lenet-5": _lenet_5, **NARROW}
+MODELS = {
+    "lenet-300-100": Model(partial(_lenet_fc, 300, 100)),
+    "lenet-5": Model(_lenet_5),
+    **NARROW,
+}
 
 
-def build(name: str) -> nn.Sequential:
-    """The network on the meta device: all shapes, no weights; `initialise` or load gives those."""
-    with torch.device("meta"):
-        return MODELS[name]()
-
-
-def initialise(model: nn.Module, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """θ₀ as the paper draws it: Gaussian Glorot weights, zero biases; on the CPU, by name."""
-    init = {}
-    for name, parameter in model.named_parameters():
-        init[name] = torch.zeros(parameter.shape)
-        if parameter.dim() > 1:
-            nn.init.xavier_normal_(init[name], generator=generator)
-    return init
-
-
-def as_exported(name: str) -> SparseSequential:
+def as_exported(model: Model) -> SparseSequential:
     """The network in eval mode as `load_sparse` fills and returns it."""
-    return SparseSequential(OrderedDict(build(name).named_children())).eval()
+    return SparseSequential(OrderedDict(model.empty().named_children())).eval()
 
 
-BUILDERS.update({name: partial(as_exported, name) for name in MODELS})
+BUILDERS.update({name: partial(as_exported, model) for name, model in MODELS.items()})

@@ -1,15 +1,25 @@
 """What a run leaves behind while it goes on: its state, its metrics, curves, and a sign of life."""
 
 import json
+import socket
+import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import write
-from ..lottery import State
 from .config import RunConfig
+from .lottery import State
+
+
+class Console(rich.console.Console):
+    """rich's, except that it says when nobody reads on: rich's own exits without a word."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError in whose handler rich calls this
 
 
 def write_metrics(run_dir: Path, records: list[dict]) -> None:
@@ -42,7 +52,7 @@ def watch(
     progress = Progress(
         *columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600
     )
-    with progress as bar:
+    with progress as bar, closing(curves):
         task = bar.add_task(doing(), total=total, completed=len(start.history))
         for state in states:
             state.save(run_dir / "state.safetensors")
@@ -51,7 +61,6 @@ def watch(
             bar.update(task, advance=1, description=doing())
             if state.epoch == config.epochs or not console.is_terminal:
                 console.print(describe(state.history[-1]), highlight=False, soft_wrap=True)
-    curves.close()
     return state
 
 
@@ -65,33 +74,60 @@ def describe(record: dict) -> str:
 
 
 class _Curves:
-    """TensorBoard scalars for every epoch and the masks of every round, if TensorBoard is there."""
+    """TensorBoard's scalars of every epoch and the masks of every round.
+
+    Where they cannot be written, one line says so and the run goes on. That is why the events are
+    written here: SummaryWriter has a thread of its own, which ends in a traceback on a full disk.
+    """
 
     def __init__(self, folder: Path, config: RunConfig, step: int, console: Console):
-        self.writer = None
+        self.epochs, self.console, self.records = config.epochs, console, None
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.summary.writer.record_writer import RecordWriter
+
+            folder.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+            self.event, self.records = Event, RecordWriter(open(folder / name, "wb"))  # noqa: SIM115
+            self._write(file_version="brain.Event:2")
+            # what a run that was killed has beyond this step, TensorBoard drops
+            self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
         except ImportError:
-            console.print(
-                "no TensorBoard curves: pip install tensorboard to have them", soft_wrap=True
-            )
-            return
-        self.writer = SummaryWriter(folder, purge_step=step + 1)
-        self.epochs = config.epochs
+            self._give_up("pip install tensorboard to have them")
+        except OSError as error:
+            self._give_up(error)
 
     def add(self, state: State) -> None:
-        if self.writer is None:
+        if self.records is None:
             return
+        from torch.utils.tensorboard import summary
+
         step = len(state.history)
-        for name, value in state.history[-1].items():
-            if isinstance(value, float):
-                self.writer.add_scalar(name, value, step)
-        if state.epoch == self.epochs:
-            for name, mask in state.masks.items():
-                matrix = mask.flatten(1).float()
-                self.writer.add_image(f"mask/{name}", matrix, step, dataformats="HW")
-        self.writer.flush()
+        try:
+            for name, value in state.history[-1].items():
+                if isinstance(value, float):
+                    self._write(step=step, summary=summary.scalar(name, value))
+            if state.epoch == self.epochs:
+                for name, mask in state.masks.items():
+                    matrix = mask.flatten(1).float()
+                    image = summary.image(f"mask/{name}", matrix, dataformats="HW")
+                    self._write(step=step, summary=image)
+            self.records.flush()
+        except OSError as error:
+            self._give_up(error)
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        if self.records is not None:
+            with suppress(OSError):  # of what is left to write, when the disk is full
+                self.records.close()
+            self.records = None
+
+    def _write(self, **content) -> None:
+        event = self.event(wall_time=time.time(), **content)
+        self.records.write(event.SerializeToString())
+
+    def _give_up(self, reason: object) -> None:
+        self.close()
+        self.console.print(
+            f"no TensorBoard curves: {reason}", markup=False, highlight=False, soft_wrap=True
+        )

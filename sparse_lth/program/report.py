@@ -11,6 +11,7 @@ from string import Template
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from rich import box
@@ -48,7 +49,8 @@ def print_tables(console: Console, ticket: Ticket, summary: dict) -> None:
 
 def write_page(path: str | Path, ticket: Ticket, summary: dict) -> None:
     """One HTML file that needs nothing else; summary: of `measure.compare` or `summarise`."""
-    title = f"{ticket.model} on {ticket.dataset}, {percent(ticket.density)} of the weights kept"
+    model, dataset = ticket.settings["model"], ticket.settings["dataset"]
+    title = f"{model} on {dataset}, {percent(ticket.density)} of the weights kept"
     comparison = ""
     if "rows" in summary:
         comparison = "<h2>Dense against pruned</h2>"
@@ -96,19 +98,26 @@ def context(ticket: Ticket, summary: dict) -> str:
     """Where the figures are from."""
     backend = f", {summary['backend']} backend" if "backend" in summary else ""
     threads = f"{summary['threads']} thread{'s' if summary['threads'] > 1 else ''}"
-    return f"{summary['device']}, {threads}{backend}, {ticket.dataset}"
+    return f"{summary['device']}, {threads}{backend}, {ticket.settings['dataset']}"
 
 
 def growth(summary: dict) -> str:
-    """By how much the file stores more weights than the masks keep; empty where it does not."""
-    stored, kept = (sum(layer[key] for layer in summary["layers"]) for key in ("stored", "kept"))
-    if stored == kept:
-        return ""
-    return (
-        f"The stored density, {percent(summary['stored_density'])}, is {factor(stored / kept)} the "
-        f"{percent(summary['density'])} of the masks: a block is stored with its zeros, and a "
-        "layer without an empty block, or a convolution, stays dense."
-    )
+    """How many more weights the file stores than are kept, and what stayed dense; else empty."""
+    layers, text = summary["layers"], []
+    stored, kept = (sum(layer[key] for layer in layers) for key in ("stored", "kept"))
+    if stored != kept:
+        share = percent(summary["stored_density"] * kept / stored)
+        text.append(
+            f"The stored density, {percent(summary['stored_density'])}, is {factor(stored / kept)} "
+            f"the {share} that is kept: a block is stored with its zeros, and a layer without an "
+            "empty block, or a convolution, is stored dense."
+        )
+    if dense := [layer["layer"] for layer in layers if "dense" in layer]:
+        text.append(
+            f"{', '.join(dense)} could not be pruned, and the {percent(summary['density'])} of the "
+            "ticket do not count what stayed dense there."
+        )
+    return " ".join(text)
 
 
 def verdict(row: dict) -> str:
@@ -256,7 +265,7 @@ def _pixels_figure(summary: dict) -> str:
 
 def _mask_figure(ticket: Ticket, layer: dict) -> str:
     """The weights of a layer that are kept and, paler, the zeros that are stored with them."""
-    mask = ticket.masks[layer["layer"]]
+    mask = ticket.masks.get(layer["layer"], torch.ones(layer["shape"], dtype=torch.bool))
     shape, total = " x ".join(map(str, layer["shape"])), mask.numel()
     text = f"{layer['layer']}, {shape}: {layer['kept']:,} weights kept"
     text += f" ({percent(layer['kept'] / total)})"

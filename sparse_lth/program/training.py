@@ -13,15 +13,21 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
 
+Loss = Callable[..., Tensor]  # (outputs, labels, reduction="mean" or "sum") -> ()
 Step = Callable[[Tensor], Tensor]  # (batch,) indices of a split -> the loss there, before it
 
 
-def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, split: Split) -> Step:
-    """A step of cross-entropy; on a GPU the optimizer must be capturable."""
+def make_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    loss_fn: Loss = F.cross_entropy,
+) -> Step:
+    """A step down the loss; on a GPU the optimizer must be capturable."""
 
     def step(chosen: Tensor) -> Tensor:
         images, labels = split.images.index_select(0, chosen), split.labels.index_select(0, chosen)
-        loss = F.cross_entropy(model(images), labels)
+        loss = loss_fn(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -63,12 +69,14 @@ class GraphedStep:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
-    """(mean cross-entropy, fraction classified correctly)"""
+def evaluate(
+    model: nn.Module, split: Split, loss_fn: Loss = F.cross_entropy
+) -> tuple[float, float]:
+    """(mean loss, fraction classified correctly)"""
     model.eval()
     loss, correct, total = 0.0, 0, len(split.labels)
     for images, labels in zip(split.images.split(1000), split.labels.split(1000), strict=True):
         logits = model(images)
-        loss = loss + F.cross_entropy(logits, labels, reduction="sum")
+        loss = loss + loss_fn(logits, labels, reduction="sum")
         correct = correct + (logits.argmax(1) == labels).sum()
     return float(loss) / total, int(correct) / total

@@ -122,6 +122,47 @@ def chain(native, call, batch):
         forward(native, memory, call, batch, 0, layers)
 
 
+def convolution(native, call, blocksize, channels_last, kernel, stride, dilation, pad, size, batch):
+    """A forward pass, pooled too, and both gradients; kernel .. size are (vertical, horizontal)"""
+    channels, out = 3, 21
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    sizes = zip(size, pad, spans, stride, strict=True)
+    after = [(n + 2 * p - s) // t + 1 for n, p, s, t in sizes]
+    if min(after) < 1:
+        return
+    pixels, outputs = (batch * n * a * b for n, (a, b) in ((channels, size), (out, after)))
+    with Memory() as memory:
+        w = Weight(native, memory, (out, channels * kernel[0] * kernel[1]), blocksize, 0.4)
+        shape = *call, channels_last, batch, channels, *size, out, *after
+        shape = *shape, *kernel, *stride, *dilation, *pad, *blocksize
+        x, grad, dx = memory.ones(pixels), memory.ones(outputs), memory.put("f", [0.0] * pixels)
+        for pool in (1, 2):
+            pooled = batch * out * (after[0] // pool) * (after[1] // pool)
+            y = memory.unwritten(pooled)
+            weight = w.values, w.bias, w.crow, w.col
+            if pooled or not batch:
+                native.conv_forward(*shape, x, y, *weight, True, pool)
+                check_written(y, pooled)
+        native.conv_grad_input(*shape, grad, dx, w.slots, w.values, w.ccol, w.rows)
+        dvalues = memory.put("f", [0.0] * (w.nnz * w.R * w.C))
+        native.conv_grad_weight(*shape, grad, x, dvalues, w.crow, w.col)
+
+
+def convolutions(native, call):
+    pairs = [(1, 1), (2, 1), (3, 2)]
+    for blocksize, channels_last in product([(1, 1), (16, 1), (8, 2), (3, 5)], (False, True)):
+        options = blocksize, channels_last
+        for kernel, stride in product([(1, 1), (3, 3), (2, 5)], pairs):
+            for dilation, pad, size, batch in (
+                ((1, 1), (0, 0), (5, 7), 3),
+                ((1, 1), (1, 2), (14, 14), 2),
+                ((2, 1), (2, 0), (9, 33), 1),
+                ((1, 2), (1, 9), (2, 3), 0),
+            ):
+                convolution(native, call, *options, kernel, stride, dilation, pad, size, batch)
+        convolution(native, call, *options, (3, 3), (1, 1), (1, 1), (1, 1), (130, 220), 2)  # tiles
+
+
 def main(path):
     spec = importlib.util.spec_from_file_location("_native", path)
     native = importlib.util.module_from_spec(spec)
@@ -134,6 +175,7 @@ def main(path):
     for call in product(range(len(native.INSTRUCTION_SETS)), (1, 3)):
         for batch in (1, 15, 200):
             chain(native, call, batch)
+        convolutions(native, call)
     if foreign := {"numpy", "torch", "triton"} & set(sys.modules):
         sys.exit(f"expected only the standard library in the process, got {foreign}")
     print("called", *native.INSTRUCTION_SETS)

@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["test_linear_triton.py", "test_sddmm_triton.py"])
+@pytest.mark.parametrize(
+    "module", ["test_linear_triton.py", "test_sddmm_triton.py", "test_conv2d_triton.py"]
+)
 def test_kernels_in_the_interpreter(module):
     """In a process of its own: Triton reads the variable as it is imported."""
     run = subprocess.run(

@@ -17,7 +17,18 @@ LAYER = {
     **{"R": 2, "C": 3, "in": 5, "out": 7, "relu": False},
 }
 CALL = {"instruction_set": 0, "threads": 1}
+SHAPE = (
+    CALL
+    | {"channels_last": 0, "batch": 2, "channels": 1, "height": 3, "width": 4, "out_channels": 7}
+    | {"out_height": 2, "out_width": 3, "kernel height": 2, "kernel width": 2}
+    | {"stride y": 1, "stride x": 1, "dilation y": 1, "dilation x": 1, "top": 0, "left": 0}
+    | {"R": 2, "C": 3}
+)
 ARGUMENTS = {
+    "conv_forward": SHAPE
+    | {"x": P, "y": P, "values": P, "bias": 0, "crow": P, "col": P, "relu": 0, "pool": 1},
+    "conv_grad_input": SHAPE | {"grad": P, "dx": P, "slots": P, "values": P, "crow": P, "rows": P},
+    "conv_grad_weight": SHAPE | {"grad": P, "x": P, "values": P, "crow": P, "col": P},
     "forward": CALL | {"x": P, "ldx": 5, "y": P, "batch": 4} | LAYER,
     "grad_input": CALL
     | {"grad": P, "ldg": 7, "dx": P, "batch": 4, "slots": P, "values": P, "crow": P, "rows": P}
@@ -49,6 +60,14 @@ def calls_with(name):
         ("C", -2, "C of at least 1, got -2"),
         ("in", 0, "in_features of at least 1, got 0"),
         ("out", 0, "out_features of at least 1, got 0"),
+        ("out_channels", 0, "out_channels of at least 1, got 0"),
+        ("kernel width", 0, "kernel width of at least 1, got 0"),
+        ("stride x", -3, "stride of at least 1, got -3"),
+        ("dilation y", 0, "dilation of at least 1, got 0"),
+        ("left", -1, "padding of at least 0, got -1"),
+        ("height", 1 << 40, f"height of 32 bits, got {1 << 40}"),
+        ("dilation x", 1 << 30, "fewer numbers"),
+        ("pool", 3, "pool 1 or 2, got 3"),
         ("ldx", -1, "stride of at least 0, got -1"),
         ("ldg", -1, "stride of at least 0, got -1"),
         ("x", 0, "address of x, got null"),
@@ -85,7 +104,10 @@ def test_as_many_ints_as_are_read():
 
 def test_null_is_an_address_where_there_is_no_batch():
     native.forward(*(ARGUMENTS["forward"] | {"batch": 0, "x": 0, "y": 0}).values())
-    native.grad_input(*(ARGUMENTS["grad_input"] | {"batch": 0, "grad": 0, "dx": 0}).values())
+    for entry in ("grad_input", "conv_grad_input"):
+        call = getattr(native, entry)
+        call(*(ARGUMENTS[entry] | {"batch": 0, "grad": 0, "dx": 0}).values())
+    native.conv_forward(*(ARGUMENTS["conv_forward"] | {"batch": 0, "x": 0, "y": 0}).values())
     values = torch.ones(1, 3, 2)
     arguments = {"batch": 0, "grad": 0, "x": 0, "crow": ONE_BLOCK.data_ptr()}
     arguments["values"] = values.data_ptr()

@@ -1,0 +1,82 @@
+import io
+import sys
+import threading
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from sparse_lth.lottery import State, search
+from sparse_lth.program.config import RunConfig
+from sparse_lth.program.progress import Console, watch
+
+CONFIG = RunConfig(model="lenet-15-5", dataset="digits", epochs=2, bs=100, prune_rounds=1)
+
+
+def _watch(tiny, folder, states=None):
+    """The lines that a run prints."""
+    out = io.StringIO()
+    start = State.start(CONFIG)
+    watch(
+        states or search(CONFIG, tiny, start), CONFIG, start, folder, Console(file=out, width=300)
+    )
+    return out.getvalue().splitlines()
+
+
+def test_tensorboard_reads_what_is_written(tiny, tmp_path):
+    assert len(_watch(tiny, tmp_path)) == 4
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = curves.Scalars("train_loss")
+    assert [event.step for event in losses] == [1, 2, 3, 4]
+    assert [event.step for event in curves.Scalars("test_accuracy")] == [2, 4]
+    assert [event.step for event in curves.Images("mask/fc1")] == [2, 4]
+
+
+def test_a_run_that_goes_on_replaces_what_a_killed_one_had_beyond_its_state(tiny, tmp_path):
+    states = search(CONFIG, tiny)
+    _watch(tiny, tmp_path, [next(states), next(states), next(states)])
+    _watch(tiny, tmp_path)
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in curves.Scalars("train_loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("writes", [0, 1, 3, 9])
+def test_a_full_disk_ends_the_curves_and_not_the_run(tiny, tmp_path, monkeypatch, writes):
+    real, count = RecordWriter.write, 0
+
+    def write(self, content):
+        nonlocal count
+        count += 1
+        if count > writes:
+            raise OSError(28, "No space left on device")
+        real(self, content)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    threads = threading.active_count()
+    lines = _watch(tiny, tmp_path)
+    said = [line for line in lines if "TensorBoard" in line]
+    assert said == ["no TensorBoard curves: [Errno 28] No space left on device"]
+    assert len(lines) == 5
+    assert threading.active_count() == threads
+
+
+def test_a_tensorboard_that_is_no_folder_is_said_in_one_line(tiny, tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    lines = _watch(tiny, tmp_path)
+    assert lines[0].startswith("no TensorBoard curves: [Errno 17] File exists")
+    assert len(lines) == 5
+    assert (tmp_path / "state.safetensors").exists()
+
+
+def test_without_tensorboard_one_line_says_how_to_have_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
+    assert _watch(tiny, tmp_path)[0].endswith("pip install tensorboard to have them")
+
+
+def test_a_console_says_that_nobody_reads(tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        Console(file=Closed()).print("x")
