@@ -356,12 +356,13 @@ class BlockSparse(nn.Module):
         except ValueError as error:
             error_msgs.append(f"blocks of {prefix.rstrip('.') or type(self).__name__!r}: {error}")
             return None
+        before = self.weight_values.shape
         with _changing:
             if blocks is not None:
                 self._take_blocks(*blocks, local_metadata.get("assign_to_params_buffers", False))
             super()._load_from_state_dict(state_dict, prefix, *rest)
         if blocks is not None:
-            forget(self.weight_values)
+            forget(self.weight_values, before)
         return None
 
     def _checked_blocks(
