@@ -121,6 +121,18 @@ def replace(model: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child in made:
                 parent._modules[name] = made[child]
+    for new in made.values():  # last, since the old layer has the same hooks
+        own_hooks(new)
+        for key, hook in list(new._forward_pre_hooks.items()):
+            if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight":
+                del new._forward_pre_hooks[key]  # it made the dense weight
+
+
+def own_hooks(module: nn.Module) -> None:
+    """Has the hooks that are given their module given this one."""
+    for hook in module._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(module)
 
 
 def is_weighted(layer: nn.Module | None) -> bool:
@@ -283,12 +295,6 @@ def _carry(old: nn.Module, new: BlockSparse) -> None:
             new._non_persistent_buffers_set |= value
         elif name in _STATE or name in added:
             vars(new)[name] = value
-    for key, hook in list(new._forward_pre_hooks.items()):
-        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight":
-            del new._forward_pre_hooks[key]  # it made the dense weight
-    for hook in new._load_state_dict_pre_hooks.values():
-        if getattr(hook, "with_module", False):
-            hook.module = weakref.ref(new)
 
 
 def _row(name: str, layer: nn.Module, sparse: BlockSparse | None, reason: str) -> Row:

@@ -119,7 +119,11 @@ class SparseLinear(BlockSparse):
         )
 
     def to_dense(self) -> nn.Linear:
-        """An `nn.Linear` with the same weight and bias; the activation is not part of it."""
+        """An `nn.Linear` with the same weight and bias; the activation is not part of it.
+
+        ValueError where the tensors of the layer do not fit each other.
+        """
+        self._snapshot()  # which raises where the tensors do not fit
         bias = self.bias
         dense = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
         dense.weight = nn.Parameter(self.shaped_weight().detach(), self.weight_values.requires_grad)
