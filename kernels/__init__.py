@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import linear_torch
-from .calls import Weights, any_autocast, grid_of, is_traced, is_transformed, plain
+from .calls import (
+    Weights,
+    any_autocast,
+    grid_of,
+    is_traced,
+    is_transformed,
+    jit_tracing,
+    plain,
+)
 from .conv2d_torch import Window
 from .convolution import conv2d, max_pooled_conv2d, traced_conv2d
 from .dispatch import TORCH, backend, backends, use_backend
@@ -82,7 +90,9 @@ def traced_linear(
 ) -> Tensor:
     """`linear` as one operator, for compilers, tracers and modes; its indices are checked when it
     runs. Transforms of `torch.func` and the ONNX exporter see the definition in plain torch."""
-    if activation == "gelu" and torch.is_grad_enabled() and not _jit():  # it checks without grad
+    if (
+        activation == "gelu" and torch.is_grad_enabled() and not jit_tracing()
+    ):  # it checks without grad
         return F.gelu(traced_linear(x, values, crow_indices, col_indices, bias, out_features))
     compiling = torch.compiler.is_compiling()
     seen_through = torch.onnx.is_in_onnx_export() if compiling else is_transformed()

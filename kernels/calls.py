@@ -20,7 +20,7 @@ class Weights(NamedTuple):
 # They have no public name; a torch without them pays for the op, or the definition, in every call.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
-_jit = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+jit_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
@@ -30,7 +30,7 @@ def is_traced(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
-        or _jit()
+        or jit_tracing()
         or _modes() > 0
         or _transform() is not None
         or getattr(forward_ad, "_current_level", 0) >= 0

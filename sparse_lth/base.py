@@ -21,8 +21,8 @@ from .kernels import (
 from .kernels.linear_native import NESTED
 from .kernels.linear_torch import ACTIVATIONS, to_dense
 from .kernels.pattern import check_sizes
+from .lazy_weight import SparseWeight
 from .optimizers import forget
-from .weight import SparseWeight
 
 INDEX_NAMES = ("crow_indices", "col_indices", "weight_kept")
 BLOCKS = ("weight_values", *INDEX_NAMES)  # what a state_dict says of the blocks
