@@ -65,11 +65,15 @@ class Ticket:
         write_(model, getattr(self, weights), self.masks)
         return model
 
-    def sparse_network(self, model: nn.Module, blocksize: tuple[int, int] = (16, 16)) -> nn.Module:
+    def sparse_network(
+        self, model: nn.Module, blocksize: tuple[int, int] | None = None
+    ) -> nn.Module:
         """The trained ticket on a fresh model of the same class, its layers block-sparse.
 
-        An `nn.Sequential` becomes a `SparseSequential`, which runs faster.
+        blocksize: by default that of the search. An `nn.Sequential` becomes a `SparseSequential`,
+        which runs faster.
         """
+        blocksize = blocksize or self.settings["blocksize"]
         model = sparsify_(self.apply_(model, "trained"), blocksize, max_density=1.0)
         write_(model, {}, {})  # takes the masks off the layers that stayed dense
         if type(model) is nn.Sequential:

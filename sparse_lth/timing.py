@@ -8,6 +8,7 @@ from timeit import Timer
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils._pytree import tree_map_only
 
 from .sequential import SparseSequential
@@ -80,7 +81,7 @@ def benchmark(
     rivals: tuple[str, ...] = RIVALS,
     turns: int = 101,
 ) -> Benchmark:
-    """Times each model on the inputs, in inference mode, on the device where both are.
+    """Times each model on the inputs, in eval and inference mode, on the device where both are.
 
     models: by name; inputs: a tensor, the arguments as a tuple, or the keyword arguments as a dict
     baseline: the dense model that others are compared with, if it is among them. Since a comparison
@@ -88,10 +89,33 @@ def benchmark(
         (an `nn.Sequential` on the native kernels), "compiled" (`torch.compile`, whose compilation
         is not counted) and "bfloat16".
     The models take turns, so that a busy moment of the machine falls on all of them, and the turns
-    are many and short, so that it spoils few.
+    are many and short, so that it spoils few. Raises ValueError where the baseline is masked by
+    `torch.nn.utils.prune`, which slows it.
     """
+    if baseline in models and prune.is_pruned(models[baseline]):
+        raise ValueError(
+            f"expected {baseline!r} without masks, which slow it: take a fresh model, or "
+            "torch.nn.utils.prune.remove"
+        )
+    modes = {m: m.training for model in models.values() for m in model.modules()}
+    for model in models.values():
+        model.eval()
+    try:
+        return _benchmark(models, inputs, baseline if baseline in models else None, rivals, turns)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _benchmark(
+    models: Mapping[str, nn.Module],
+    inputs: Tensor | tuple | dict,
+    baseline: str | None,
+    rivals: tuple[str, ...],
+    turns: int,
+) -> Benchmark:
     calls, left_out = {name: _call(model, inputs) for name, model in models.items()}, {}
-    for rival in rivals if baseline in models else ():
+    for rival in rivals if baseline else ():
         name = f"{baseline}, {rival}"
         try:
             calls[name] = _rival(rival, models[baseline], inputs)
@@ -99,7 +123,7 @@ def benchmark(
             left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     with torch.inference_mode():
         times = in_turn(calls, turns)
-    return Benchmark(times, baseline if baseline in models else None, left_out)
+    return Benchmark(times, baseline, left_out)
 
 
 def in_turn(calls: Mapping[str, Callable[[], object]], turns: int = 101) -> dict[str, Times]:
