@@ -1,10 +1,11 @@
 """benchmark: how long models take on the same inputs, beside the best that a dense one can do."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
 from timeit import Timer
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from .sequential import SparseSequential
 
 RIVALS = ("one call", "compiled", "bfloat16")  # other ways to run a dense model
+Name = TypeVar("Name", bound=Hashable)
 TURN = 4e-3  # seconds of one call's part of a turn
 
 
@@ -126,7 +128,7 @@ def _benchmark(
     return Benchmark(times, baseline, left_out)
 
 
-def in_turn(calls: Mapping[str, Callable[[], object]], turns: int = 101) -> dict[str, Times]:
+def in_turn(calls: Mapping[Name, Callable[[], object]], turns: int = 101) -> dict[Name, Times]:
     """Times of each call; in a turn, each runs as often as fits into a few milliseconds."""
     timers = {name: Timer(call) for name, call in calls.items()}
     runs, seconds = {}, {name: [] for name in calls}
