@@ -18,7 +18,7 @@ def transformer():
 
 def train(model):
     optimizer = torch.optim.AdamW(model.parameters())
-    for tokens in torch.randint(5, (STEPS, 64, 12)):
+    for tokens in torch.randint(5, (STEPS, 32, 12)):
         optimizer.zero_grad()
         F.cross_entropy(model(tokens)[:, 0], tokens.mode(1).values).backward()
         optimizer.step()

@@ -1,7 +1,8 @@
 """benchmark: how long models take on the same inputs, beside the best that a dense one can do."""
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
 from timeit import Timer
@@ -99,33 +100,17 @@ def benchmark(
             f"expected {baseline!r} without masks, which slow it: take a fresh model, or "
             "torch.nn.utils.prune.remove"
         )
-    modes = {m: m.training for model in models.values() for m in model.modules()}
-    for model in models.values():
-        model.eval()
-    try:
-        return _benchmark(models, inputs, baseline if baseline in models else None, rivals, turns)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _benchmark(
-    models: Mapping[str, nn.Module],
-    inputs: Tensor | tuple | dict,
-    baseline: str | None,
-    rivals: tuple[str, ...],
-    turns: int,
-) -> Benchmark:
     calls, left_out = {name: _call(model, inputs) for name, model in models.items()}, {}
-    for rival in rivals if baseline else ():
-        name = f"{baseline}, {rival}"
-        try:
-            calls[name] = _rival(rival, models[baseline], inputs)
-        except Exception as error:  # of a compiler, a backend, an operation without bfloat16
-            left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    with torch.inference_mode():
-        times = in_turn(calls, turns)
-    return Benchmark(times, baseline, left_out)
+    with _in_eval_mode(models.values()):
+        for rival in rivals if baseline in models else ():
+            name = f"{baseline}, {rival}"
+            try:
+                calls[name] = _rival(rival, models[baseline], inputs)
+            except Exception as error:  # of a compiler, a backend, an operation without bfloat16
+                left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        with torch.inference_mode():
+            times = in_turn(calls, turns)
+    return Benchmark(times, baseline if baseline in models else None, left_out)
 
 
 def in_turn(calls: Mapping[Name, Callable[[], object]], turns: int = 101) -> dict[Name, Times]:
@@ -140,6 +125,18 @@ def in_turn(calls: Mapping[Name, Callable[[], object]], turns: int = 101) -> dic
         for name, timer in timers.items():
             seconds[name].append(timer.timeit(runs[name]) / runs[name])
     return {name: Times(tuple(turn)) for name, turn in seconds.items()}
+
+
+@contextmanager
+def _in_eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    modes = {module: module.training for model in models for module in model.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _call(model: nn.Module, inputs: Tensor | tuple | dict) -> Callable[[], object]:
