@@ -82,7 +82,7 @@ def traced_linear(
 ) -> Tensor:
     """`linear` as one operator, for compilers, tracers and modes; its indices are checked when it
     runs. Transforms of `torch.func` and the ONNX exporter see the definition in plain torch."""
-    if activation == "gelu" and torch.is_grad_enabled():
+    if activation == "gelu" and torch.is_grad_enabled() and not _jit():  # it checks without grad
         return F.gelu(traced_linear(x, values, crow_indices, col_indices, bias, out_features))
     compiling = torch.compiler.is_compiling()
     seen_through = torch.onnx.is_in_onnx_export() if compiling else is_transformed()
@@ -140,27 +140,59 @@ def _(grad, x, crow_indices, col_indices, C, R):
 
 
 def _save_traced(ctx, inputs, output):
-    x, values, crow_indices, col_indices, bias, _, activation = inputs
-    ctx.has_bias = bias is not None
-    y = output if activation == "relu" else None
-    ctx.save_for_backward(x, values, y, crow_indices, col_indices)
+    x, values, crow_indices, col_indices, bias, _, ctx.activation = inputs
+    y = output if ctx.activation == "relu" else None
+    ctx.save_for_backward(x, values, y, bias, crow_indices, col_indices)
 
 
 def _traced_backward(ctx, grad):
-    x, values, y, *indices = ctx.saved_tensors
+    x, values, y, bias, *indices = ctx.saved_tensors
     dx = dvalues = dbias = None
-    if y is not None:
+    if ctx.activation == "relu":
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    elif ctx.activation == "gelu":  # where a graph that was traced without gradients gets them
+        inner = _linear(x, values, *indices, bias, grad.shape[1], "none")
+        grad = torch.ops.aten.gelu_backward(grad, inner)
     if ctx.needs_input_grad[0]:
         dx = _linear_grad_input(grad, values, *indices, x.shape[1])
     if ctx.needs_input_grad[1]:
         dvalues = _sddmm(grad, x, *indices, *values.shape[1:])
-    if ctx.has_bias and ctx.needs_input_grad[4]:
+    if bias is not None and ctx.needs_input_grad[4]:
         dbias = grad.sum(0)
     return dx, dvalues, None, None, dbias, None, None
 
 
 _linear.register_autograd(_traced_backward, setup_context=_save_traced)
+
+
+def _save_four(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _grad_input_backward(ctx, grad):
+    """Of grad @ weight; grad: (batch, in_features)"""
+    outer, values, *indices = ctx.saved_tensors
+    douter = dvalues = None
+    if ctx.needs_input_grad[0]:
+        douter = _linear(grad, values, *indices, None, outer.shape[1], "none")
+    if ctx.needs_input_grad[1]:
+        dvalues = _sddmm(outer, grad, *indices, *values.shape[1:])
+    return douter, dvalues, None, None, None
+
+
+def _sddmm_backward(ctx, grad):
+    """Of the gradient at the kept blocks; grad: (nnz, C, R)"""
+    outer, x, *indices = ctx.saved_tensors
+    douter = dx = None
+    if ctx.needs_input_grad[0]:
+        douter = _linear(x, grad, *indices, None, outer.shape[1], "none")
+    if ctx.needs_input_grad[1]:
+        dx = _linear_grad_input(outer, grad, *indices, x.shape[1])
+    return douter, dx, None, None, None, None
+
+
+_linear_grad_input.register_autograd(_grad_input_backward, setup_context=_save_four)
+_sddmm.register_autograd(_sddmm_backward, setup_context=_save_four)
 
 
 class _Linear(torch.autograd.Function):

@@ -50,7 +50,8 @@ class BlockSparse(nn.Module):
 
     These are ordinary tensors, so `state_dict`, `deepcopy`, `pickle`, optimizers, `.to()` and
     `torch.compile` work as on any module. Whatever is done to them is seen at the next call, which
-    checks the indices if they changed and raises ValueError where the tensors do not fit.
+    checks the indices if they changed and raises ValueError where the tensors do not fit. Only an
+    optimizer of matrices, such as Muon, is not for `weight_values`: each block is one of those.
     """
 
     _last: Snapshot | None = None
@@ -235,36 +236,38 @@ class BlockSparse(nn.Module):
     def _is_as(self, seen: tuple) -> bool:
         """Whether a call would compute the same function on the same memory. Every call asks."""
         parameters, buffers = self._parameters, self._buffers
-        values, values_at, numbers, bias, bias_at, outputs = seen[:6]
-        kept, activation, crow, crow_at, crow_version, col, col_at, col_version = seen[6:]
-        return (
-            parameters.get("weight_values") is values
-            and values.data_ptr() == values_at
-            and values.numel() == numbers
-            and values.is_contiguous()
-            and parameters.get("bias") is bias
-            and (
-                bias is None
-                or (bias.data_ptr() == bias_at and bias.numel() == outputs and bias.is_contiguous())
+        values, values_at, numbers, bias, bias_at = seen[:5]
+        kept, activation, crow, crow_at, crow_version, col, col_at, col_version = seen[5:]
+        try:
+            return (
+                parameters["weight_values"] is values
+                and values.data_ptr() == values_at
+                and values.numel() == numbers
+                and values.is_contiguous()
+                and parameters["bias"] is bias
+                and (bias is None or (bias.data_ptr() == bias_at and bias.is_contiguous()))
+                and buffers["crow_indices"] is crow
+                and crow._version == crow_version
+                and crow.data_ptr() == crow_at
+                and buffers["col_indices"] is col
+                and col._version == col_version
+                and col.data_ptr() == col_at
+                and buffers["weight_kept"] is kept
+                and self.activation == activation
             )
-            and buffers.get("crow_indices") is crow
-            and crow._version == crow_version
-            and crow.data_ptr() == crow_at
-            and buffers.get("col_indices") is col
-            and col._version == col_version
-            and col.data_ptr() == col_at
-            and buffers.get("weight_kept") is kept
-            and self.activation == activation
-        )
+        except KeyError:  # one is no parameter or buffer any more
+            return False
 
     def _take_snapshot(self) -> Snapshot:
         tensors = self.weight_values, self.bias, *(getattr(self, name) for name in INDEX_NAMES)
         activation = as_activation(self.activation)
         if any(tensors[n] is None for n in (0, 2, 3)):
             raise ValueError("expected weight_values, crow_indices and col_indices, got None")
+        if len(devices := {t.device for t in tensors if t is not None}) > 1:
+            raise ValueError(f"expected the tensors of a layer on one device, got {devices}")
         if not all(t is None or _has_numbers(t) for t in tensors):
             return Snapshot(None, None, None, ())
-        alive = tuple(None if t is None else t.detach() for t in tensors)
+        alive = tuple(None if t is None else t.data for t in tensors)
         seen = _seen(tensors, alive, activation)  # before the indices are read: a write shows
         pattern, (values, bias, *_, kept) = self.pattern, alive
         if values.dim() != 3 or values.shape[:0:-1] != self.blocksize:
@@ -285,11 +288,16 @@ class BlockSparse(nn.Module):
             return self._traced_product(x, bias, activation)
         if x.is_nested:
             raise ValueError(NESTED)
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
+        inputs = x.shape[-1] if x.dim() else None  # under jit.trace it is a Tensor
+        if not isinstance(inputs, Tensor) and inputs != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
         dtype = _autocast_dtype(x)
         x = x if dtype is None else x.to(dtype)
         if is_traced(x) or self._snapshot().pattern is None:
+            if self.weight_values.is_meta and not x.is_meta:
+                raise ValueError(
+                    f"expected x on the meta device, where the weight is, got {x.device}"
+                )
             return self._traced_product(x, bias, activation, dtype)
         with _changing:  # tensors of one moment
             values, bias = self._operands(bias, dtype)
@@ -315,8 +323,8 @@ class BlockSparse(nn.Module):
 
     def _weights(self, values: Tensor, bias: Tensor | None) -> Weights:
         """The numbers of both with the pattern; `_changing` is to be held from where they come."""
-        numbers = None if bias is None else bias.detach()
-        return Weights(values.detach(), self._snapshot().pattern, numbers)
+        numbers = None if bias is None else bias.data
+        return Weights(values.data, self._snapshot().pattern, numbers)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_last"}
@@ -350,12 +358,13 @@ class BlockSparse(nn.Module):
         except ValueError as error:
             error_msgs.append(f"blocks of {prefix.rstrip('.') or type(self).__name__!r}: {error}")
             return None
+        before = self.weight_values.shape
         with _changing:
             if blocks is not None:
                 self._take_blocks(*blocks, local_metadata.get("assign_to_params_buffers", False))
             super()._load_from_state_dict(state_dict, prefix, *rest)
         if blocks is not None:
-            forget(self.weight_values)
+            forget(self.weight_values, before)
         return None
 
     def _checked_blocks(
@@ -413,10 +422,10 @@ def _seen(tensors: tuple, alive: tuple, activation: str) -> tuple | None:
         return None
     return (
         *(tensors[0], values.data_ptr(), values.numel()),
-        *(tensors[1], *((0, 0) if bias is None else (bias.data_ptr(), bias.numel()))),
+        *(tensors[1], 0 if bias is None else bias.data_ptr()),
         *(tensors[4], activation),
-        *(tensors[2], crow.data_ptr(), crow._version),
-        *(tensors[3], col.data_ptr(), col._version),
+        *(tensors[2], crow.data_ptr(), tensors[2]._version),
+        *(tensors[3], col.data_ptr(), tensors[3]._version),
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize, prune
 from . import bsr
 from .base import BlockSparse
 from .conv import SparseConv2d
+from .huggingface import is_conv1d, refuse_from_pretrained
 from .kernels import backend
 from .layers import SparseLinear
 
@@ -101,6 +102,7 @@ def sparsify_(
             twins = (made.get(owner) for owner in owners[_parameter(layer)])
             made[layer] = _convert(layer, blocksize, next(filter(None, twins), None))
     replace(model, made)
+    refuse_from_pretrained(model)
     rows = tuple(_row(name, layer, made.get(layer), reasons[layer]) for name, layer in layers)
     result = made.get(model, model)
     _conversions[result] = Conversion(rows)
@@ -119,11 +121,23 @@ def replace(model: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child in made:
                 parent._modules[name] = made[child]
+    for new in made.values():  # last, since the old layer has the same hooks
+        own_hooks(new)
+        for key, hook in list(new._forward_pre_hooks.items()):
+            if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight":
+                del new._forward_pre_hooks[key]  # it made the dense weight
+
+
+def own_hooks(module: nn.Module) -> None:
+    """Has the hooks that are given their module given this one."""
+    for hook in module._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(module)
 
 
 def is_weighted(layer: nn.Module | None) -> bool:
     """Whether it is of a kind that might be converted."""
-    return isinstance(layer, nn.Linear | _ConvNd) or _is_conv1d(layer)
+    return isinstance(layer, nn.Linear | _ConvNd) or is_conv1d(layer)
 
 
 def empty(layer: nn.Module, blocksize: tuple[int, int]) -> BlockSparse:
@@ -132,12 +146,6 @@ def empty(layer: nn.Module, blocksize: tuple[int, int]) -> BlockSparse:
         return SparseConv2d.empty(layer, blocksize)
     shape = _matrix(layer, _parameter(layer)).shape
     return SparseLinear.empty(*shape[::-1], blocksize)
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    """Hugging Face's, a linear layer that stores its weight as (in_features, out_features)."""
-    kind = type(layer)
-    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def _is_pruned(layer: nn.Module) -> bool:
@@ -151,7 +159,7 @@ def _parameter(layer: nn.Module) -> Tensor | None:
 
 def _matrix(layer: nn.Module, tensor: Tensor) -> Tensor:
     """A tensor of the weight's shape as (out_features, in_features)."""
-    return tensor.t() if _is_conv1d(layer) else tensor.flatten(1)
+    return tensor.t() if is_conv1d(layer) else tensor.flatten(1)
 
 
 def _mask(layer: nn.Module) -> Tensor:
@@ -181,7 +189,7 @@ def _why_left(
         return "nn.MultiheadAttention reads the weight of out_proj and never calls the layer"
     if parametrize.is_parametrized(layer):
         return "it is parametrized: remove_parametrizations first"
-    if type(layer) not in (nn.Linear, nn.Conv2d) and not _is_conv1d(layer):
+    if type(layer) not in (nn.Linear, nn.Conv2d) and not is_conv1d(layer):
         return f"{type(layer).__name__} is neither nn.Linear nor nn.Conv2d itself"
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return f"it is a convolution of {layer.groups} groups"
@@ -287,12 +295,6 @@ def _carry(old: nn.Module, new: BlockSparse) -> None:
             new._non_persistent_buffers_set |= value
         elif name in _STATE or name in added:
             vars(new)[name] = value
-    for key, hook in list(new._forward_pre_hooks.items()):
-        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight":
-            del new._forward_pre_hooks[key]  # it made the dense weight
-    for hook in new._load_state_dict_pre_hooks.values():
-        if getattr(hook, "with_module", False):
-            hook.module = weakref.ref(new)
 
 
 def _row(name: str, layer: nn.Module, sparse: BlockSparse | None, reason: str) -> Row:

@@ -87,7 +87,7 @@ class SparseLinear(BlockSparse):
             )
         indices = (t.long() for t in (self.crow_indices, self.col_indices))
         values = self.masked_values().detach().mT.contiguous()
-        return torch.sparse_bsr_tensor(*indices, values, shape)
+        return torch.sparse_bsr_tensor(*indices, values, shape, check_invariants=True)
 
     def to_scipy(self):
         """The weight as a `scipy.sparse.bsr_array`; ValueError as in `to_bsr`."""
@@ -119,7 +119,11 @@ class SparseLinear(BlockSparse):
         )
 
     def to_dense(self) -> nn.Linear:
-        """An `nn.Linear` with the same weight and bias; the activation is not part of it."""
+        """An `nn.Linear` with the same weight and bias; the activation is not part of it.
+
+        ValueError where the tensors of the layer do not fit each other.
+        """
+        self._snapshot()  # which raises where the tensors do not fit
         bias = self.bias
         dense = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
         dense.weight = nn.Parameter(self.shaped_weight().detach(), self.weight_values.requires_grad)
@@ -138,7 +142,9 @@ def _from_scipy(weight) -> Tensor:
     weight.sum_duplicates()
     parts = (torch.from_numpy(t) for t in (weight.indptr, weight.indices, weight.data))
     layout = torch.sparse_bsr if weight.format == "bsr" else torch.sparse_csr
-    return torch.sparse_compressed_tensor(*parts, size=weight.shape, layout=layout)
+    return torch.sparse_compressed_tensor(
+        *parts, size=weight.shape, layout=layout, check_invariants=True
+    )
 
 
 def current(layer: nn.Module, name: str) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from .bsr import blocks_of
+from .huggingface import is_conv1d
 
 Masks = dict[str, Tensor]  # bool, by layer name
 SCOPES = ("layerwise", "global")
@@ -165,6 +166,10 @@ class BlockL1Unstructured(prune.BasePruningMethod):
 def block_l1_unstructured(
     module: nn.Module, name: str, amount: float | int, blocksize: tuple[int, int] = (16, 16)
 ) -> nn.Module:
-    """`prune.l1_unstructured` for blocks: masks `module.<name>`, (out, in), and returns module."""
-    BlockL1Unstructured.apply(module, name, amount, blocksize)
+    """`prune.l1_unstructured` for blocks: masks `module.<name>`, (out, in), and returns module.
+
+    The weight of Hugging Face's `Conv1D` is stored as (in, out), so its blocks are turned too.
+    """
+    stored = blocksize[::-1] if name == "weight" and is_conv1d(module) else blocksize
+    BlockL1Unstructured.apply(module, name, amount, stored)
     return module

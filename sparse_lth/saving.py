@@ -11,8 +11,9 @@ from torch.nn.utils import prune
 
 from .base import BLOCKS, BlockSparse, as_activation
 from .bsr import blocksize_of
-from .convert import empty, is_weighted, replace
+from .convert import empty, is_weighted, own_hooks, replace
 from .files import FormatError, TicketError, load_tensors, save_tensors
+from .huggingface import refuse_from_pretrained
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {}  # of networks that a file can name
 
@@ -58,7 +59,8 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         keeps its device, flags and ties, and takes the dtypes of the file. Without one, a network
         of our own that the file names, on the CPU and in eval mode.
 
-    Its parameters are other objects afterwards, so make optimizers after it. Raises TicketError,
+    If it is a layer itself, the sparse layer is returned in its stead. Its parameters are other
+    objects afterwards, so make optimizers after it. Raises TicketError,
     naming what is wrong, and leaves the model as it was, unless both fit.
     """
     tensors, about = _read(Path(path))
@@ -75,13 +77,21 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             if not tensor.isfinite().all():
                 raise TicketError(f"{path}: expected finite numbers in {name}")
         model = BUILDERS[about["model"]]()
-    before = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    held = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks")
+    before = [(getattr(m, kind), {**getattr(m, kind)}) for m in model.modules() for kind in held]
+    modules = [*model.modules()]
     try:
-        replace(model, _sparse_layers(model, tensors, about["layers"]))
+        made = _sparse_layers(model, tensors, about["layers"])
+        replace(model, made)
+        model = made.get(model, model)
         _fill(model, tensors)
+        refuse_from_pretrained(model)
     except BaseException as error:
-        for module, *own in before:
-            module._modules, module._parameters, module._buffers = own
+        for now, then in before:
+            now.clear()
+            now.update(then)
+        for module in modules:
+            own_hooks(module)
         if not isinstance(error, RuntimeError | TypeError | ValueError):
             raise
         raise TicketError(f"{path}: {error}") from error
@@ -158,9 +168,12 @@ def _sparse_layers(
         if kind != "crow_indices" or layer in made or isinstance(layer, BlockSparse):
             continue
         if not is_weighted(layer):
-            raise ValueError(f"{owner}: expected a layer with a weight, got {type(layer).__name__}")
+            what = "no module of this name" if layer is None else type(layer).__name__
+            raise ValueError(f"{owner}: expected a layer with a weight, got {what}")
         bias, given = layer.bias, {k: tensors.get(_join(owner, k)) for k in (*BLOCKS, "bias")}
         try:
+            if given["weight_values"] is None or given["col_indices"] is None:
+                raise ValueError("expected weight_values and col_indices with crow_indices")
             if (bias is None) != (given["bias"] is None):
                 raise ValueError(f"expected {'a' if given['bias'] is None else 'no'} bias")
             sparse = empty(layer, blocksize_of(given["weight_values"]))._hold(**given)
@@ -183,7 +196,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     ties = _names(now)
     for twins in ties:
         known = [given[name] for name in twins if name in given]
-        if not all(torch.equal(known[0], other) for other in known):
+        if not all(known[0] is other or torch.equal(known[0], other) for other in known):
             raise ValueError(
                 f"expected the same numbers for {' and '.join(twins)}, which are one tensor of the "
                 "model, got others: load into a model in which they are not tied"

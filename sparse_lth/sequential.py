@@ -142,7 +142,7 @@ def _part(module: nn.Module) -> Part | None:
         return None
     parameters, shape = module._parameters, (module.out_features, module.in_features)
     watched = [(parameters, name, parameters.get(name)) for name in ("weight", "bias")]
-    now = [(t, t.detach()) for *_, t in watched if t is not None]
+    now = [(t, t.data) for *_, t in watched if t is not None]
     weight, *rest = (memory for _, memory in now)
     layer = ChainLayer(weight, None, rest[0] if rest else None, *shape[::-1])
     fits = weight.shape == shape and all(t.shape == shape[:1] for t in rest)

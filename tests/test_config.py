@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_lth.program.config import RunConfig, SettingError
+from sparse_lth.program.models import MODELS
 
 NAMES = [field.name for field in fields(RunConfig)]
 SCALARS = (
@@ -26,7 +27,8 @@ def test_whatever_json_it_gets_is_a_run_or_one_kind_of_error(given_settings):
     except SettingError:
         return
     assert RunConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
-    assert all(0 < density <= 1 for density in config.layer_densities(config.rounds).values())
+    search = config.search(MODELS[config.model].fresh())
+    assert all(0 < density <= 1 for density in search.schedule[-1].values())
 
 
 WRONG = {

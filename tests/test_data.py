@@ -13,7 +13,6 @@ import torch
 from torchvision.datasets import MNIST
 
 from sparse_lth.program import data
-from sparse_lth.program.config import TRAIN_IMAGES
 
 TRAIN, TEST, VALIDATION = 60, 10, 5  # a small data set in MNIST's format
 
@@ -143,7 +142,7 @@ def mnist():
 
 def test_mnist_has_the_published_sizes_and_label_counts(mnist):
     assert mnist.name == "mnist"
-    assert len(mnist.train.labels) == TRAIN_IMAGES["mnist"]
+    assert len(mnist.train.labels) == data.SOURCES["mnist"].train_images
     for split, n in ((mnist.train, 55000), (mnist.validation, 5000), (mnist.test, 10000)):
         assert split.images.shape == (n, 1, 28, 28)
         assert split.images.dtype == torch.float32
@@ -340,7 +339,7 @@ def digits(tmp_path_factory):
 
 def test_digits_have_the_shape_of_mnist(digits):
     assert digits.name == "digits"
-    assert len(digits.train.labels) == TRAIN_IMAGES["digits"]
+    assert len(digits.train.labels) == data.SOURCES["digits"].train_images
     for split, n in ((digits.train, 1350), (digits.validation, 150), (digits.test, 297)):
         assert split.images.shape == (n, 1, 28, 28)
         assert split.images.dtype == torch.float32

@@ -232,7 +232,7 @@ def _opcheck_inputs():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
-@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
 def test_the_op_passes_torchs_own_checks(activation):
     torch.library.opcheck(torch.ops.sparse_lth.linear.default, (*_opcheck_inputs(), activation))
 

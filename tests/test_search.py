@@ -218,6 +218,7 @@ def test_one_shot_leaves_what_all_rounds_leave():
     assert densities[0] == pytest.approx([1, 0.669, 0.447, 0.299, 0.2], abs=0.01)
     assert densities[1] == [densities[0][n] for n in (0, 2, 4)]
     assert densities[2] == [densities[0][n] for n in (0, 4)]
+    assert [*Search(mlp(9, 9), levels=())] == [0]  # the dense network alone
 
 
 def test_movement_keeps_what_moved_away_from_zero():

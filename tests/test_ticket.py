@@ -132,7 +132,7 @@ MODEL_CHANGES = {
     "expected layers and aliases": lambda t, a: a.pop("layers"),
     "fc9: expected crow_indices": lambda t, a: a["layers"].update(fc9={}),
     "fc2: expected activation in": lambda t, a: a["layers"]["fc2"].update(activation=[]),
-    "conv: expected a layer with a weight": lambda t, a: t.update(
+    "conv: expected a layer with a weight, got no module": lambda t, a: t.update(
         {"conv.crow_indices": t["fc1.crow_indices"].clone()}
     ),
     "fc1: .*col_indices": lambda t, a: t["fc1.col_indices"].fill_(10**6),

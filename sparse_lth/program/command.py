@@ -12,8 +12,8 @@ import torch
 from ..files import FormatError
 from ..kernels import backends
 from ..saving import save_sparse
-from .config import DATASETS, SCOPES, TRAIN_IMAGES, TRAIN_SPARSE, RunConfig, SettingError
-from .data import DataError, Dataset, load
+from .config import DATASETS, SCOPES, TRAIN_SPARSE, RunConfig, SettingError
+from .data import SOURCES, DataError, Dataset, load
 from .folder import (
     FolderError,
     can_go_on,
@@ -131,7 +131,8 @@ def new_config(flags: dict) -> RunConfig:
     if flags.get("device", "auto") == "auto":
         flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     config = RunConfig(**flags)
-    config.expect_rewind_step_within(TRAIN_IMAGES.get(config.dataset, max(TRAIN_IMAGES.values())))
+    sources = [SOURCES[config.dataset]] if config.dataset in SOURCES else SOURCES.values()
+    config.expect_rewind_step_within(max(source.train_images for source in sources))
     return config
 
 

@@ -13,12 +13,12 @@ from torch import nn
 from ..masks import SCOPES
 from ..search import Search
 from ..weights import weight_layers
+from .data import SOURCES
 from .models import MODELS
 
 TRAIN_SPARSE = ("auto", "on", "off")
 DEVICES = ("cpu", "cuda")
-TRAIN_IMAGES = {"mnist": 55_000, "digits": 1_350}  # of each data set
-DATASETS = ("auto", *TRAIN_IMAGES)
+DATASETS = ("auto", *SOURCES)
 MOST = 10**9  # of epochs, steps and the like: what is more was not meant
 ROUNDS = 1000  # at most: the density of each is worked out before the first
 _STEPS = re.compile(r"([0-9]{1,9})(it|ep)")
@@ -99,15 +99,19 @@ class RunConfig:
     def _check_blocks(self) -> None:
         """Blocks fit a layer, and pruning leaves some and removes some."""
         model = MODELS[self.model].fresh()
+        self._expect(
+            "prune_pc", "to prune at least one block of the weights", self.prune_pc > 1e-12
+        )
         try:
             masks = self.search(model).masks
         except ValueError as error:
-            raise SettingError(f"prune_pc and blocksize: {error}") from error
+            what = f"blocks of {self.blocksize[0]}x{self.blocksize[1]} and prune_pc"
+            raise SettingError(f"prune_pc: expected {what} that fit: {error}") from error
         blocks = sum(mask.numel() for mask in masks.values()) / math.prod(self.blocksize)
         pruned = self.prune_pc * blocks
-        self._expect("prune_pc", f"to prune at least one of {blocks:.0f} blocks", pruned >= 0.5)
-        left = f"to leave at least one of {blocks:.0f} blocks"
-        self._expect("prune_pc", left, blocks - pruned >= 0.5)
+        possible = pruned >= 0.5 and blocks - pruned >= 0.5
+        expected = f"to prune, and to leave, at least one of the {blocks:.0f} blocks"
+        self._expect("prune_pc", expected, possible)
         if self.export_blocksize:
             rows, cols = self.export_blocksize
             shapes = [m.weight.flatten(1).shape for m in weight_layers(model).values()]

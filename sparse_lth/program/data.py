@@ -79,26 +79,15 @@ def load(
 
     Raises DataError for a damaged or unreadable file, and where `mnist` cannot be had.
     """
-    if name not in ("auto", "mnist", "digits"):
-        raise DataError(f"expected dataset auto, mnist or digits, got {name}")
-    if name == "digits":
-        return _digits(device)
-    try:
-        raw = Path(root).expanduser() / "MNIST" / "raw"
-    except RuntimeError as error:  # there is no such user
-        raise DataError(f"cannot find {root}: {error}") from error
-    try:
-        _provide(raw, *PATIENCE[name], notify)
-    except DownloadError as error:
-        reason = f"MNIST is not in {raw} and could not be downloaded ({error})"
-        if name == "auto":
-            notify(f"{reason}; going on with scikit-learn's digits")
-            return _digits(device)
-        raise DataError(
-            f"{reason}; put {', '.join(FILES)} there, unpacked, "
-            f"or name the folder of a copy with --data_dir, or choose --dataset digits"
-        ) from error
-    return _mnist(raw, device)
+    if name not in ("auto", *SOURCES):
+        raise DataError(f"expected dataset auto, {' or '.join(SOURCES)}, got {name}")
+    *wanted, last = SOURCES.values() if name == "auto" else [SOURCES[name]]
+    for source in wanted:
+        try:
+            return source.load(root, device, False, notify)
+        except DownloadError as error:
+            notify(f"{error}; going on with {last.title}")
+    return last.load(root, device, True, notify)
 
 
 def batches(split: Split, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -115,6 +104,26 @@ def _split(images: Tensor, labels: Tensor, white: int, device: torch.device | st
     """images: (n, 28, 28), 0..white; labels: (n,) int64"""
     images = images.to(device).float().unsqueeze(1)
     return Split(images.div_(white).sub_(MEAN).div_(STD), labels.to(device))
+
+
+def _load_mnist(
+    root: str | Path, device: torch.device | str, patient: bool, notify: Callable[[str], None]
+) -> Dataset:
+    try:
+        raw = Path(root).expanduser() / "MNIST" / "raw"
+    except RuntimeError as error:  # there is no such user
+        raise DataError(f"cannot find {root}: {error}") from error
+    try:
+        _provide(raw, *PATIENCE["mnist" if patient else "auto"], notify)
+    except DownloadError as error:
+        reason = f"MNIST is not in {raw} and could not be downloaded ({error})"
+        if not patient:
+            raise DownloadError(reason) from error
+        raise DataError(
+            f"{reason}; put {', '.join(FILES)} there, unpacked, "
+            f"or name the folder of a copy with --data_dir, or choose --dataset digits"
+        ) from error
+    return _mnist(raw, device)
 
 
 def _mnist(raw: Path, device: torch.device | str) -> Dataset:
@@ -259,3 +268,23 @@ def _read(url: str, timeout: float, deadline: float, events: queue.SimpleQueue) 
             if time.monotonic() > deadline:
                 raise DownloadError("the connection is too slow")
     return b"".join(chunks)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from.
+
+    load: (root, device, patient, notify) -> Dataset; where it is not patient, it may raise a
+        DownloadError soon, and `auto` goes on with the next
+    title: its name in a sentence
+    """
+
+    load: Callable[..., Dataset]
+    train_images: int
+    title: str
+
+
+SOURCES = {  # in the order that `auto` tries them
+    "mnist": Source(_load_mnist, 55_000, "MNIST"),
+    "digits": Source(lambda root, device, *_: _digits(device), 1_350, "scikit-learn's digits"),
+}
