@@ -465,6 +465,11 @@ def test_the_sparse_network_of_a_ticket_is_the_trained_model():
     assert not prune.is_pruned(sparse)
 
 
+def test_a_model_that_is_wrapped_is_searched_inside():
+    ticket = find_ticket(nn.DataParallel(mlp(6, 6)), lambda model: None)
+    assert ticket.masks.keys() == {"1", "4"}
+
+
 def _masks_of_rank(rank, file, criterion, folder, results):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=2
