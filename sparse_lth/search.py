@@ -35,14 +35,16 @@ def find_ticket(
 ) -> Ticket:
     """The ticket of a `Search`, which has the other settings, and whose loop this runs.
 
-    train(model) trains the model in place, however it likes. evaluate(model) gives a number, or
-    several by name, for the record of each round.
+    train(model) trains the model in place, however it likes. evaluate(model), called in eval mode
+    and without gradients, gives a number, or several by name, for the record of each round.
     """
     search = Search(model, density, rounds, blocksize, **settings)
     for _ in _shown(search):
         train(model)
         if evaluate:
-            measured = evaluate(model)
+            model.eval()
+            with torch.no_grad():
+                measured = evaluate(model)
             search.record(**(measured if isinstance(measured, Mapping) else {"score": measured}))
     return search.ticket()
 

@@ -15,6 +15,8 @@ from .masks import Masks
 from .sequential import SparseSequential
 from .weights import Tensors, read, weight_layers, weight_name, write_
 
+ABOUT = ("rounds", "dense", "settings")  # what a file says of its tensors
+
 
 @dataclass(frozen=True, repr=False)
 class Ticket:
@@ -65,11 +67,15 @@ class Ticket:
         write_(model, getattr(self, weights), self.masks)
         return model
 
-    def sparse_network(self, model: nn.Module, blocksize: tuple[int, int] = (16, 16)) -> nn.Module:
+    def sparse_network(
+        self, model: nn.Module, blocksize: tuple[int, int] | None = None
+    ) -> nn.Module:
         """The trained ticket on a fresh model of the same class, its layers block-sparse.
 
-        An `nn.Sequential` becomes a `SparseSequential`, which runs faster.
+        blocksize: by default that of the search. An `nn.Sequential` becomes a `SparseSequential`,
+        which runs faster.
         """
+        blocksize = blocksize or self.settings["blocksize"]
         model = sparsify_(self.apply_(model, "trained"), blocksize, max_density=1.0)
         write_(model, {}, {})  # takes the masks off the layers that stayed dense
         if type(model) is nn.Sequential:
@@ -78,15 +84,20 @@ class Ticket:
 
     def save(self, path: str | Path) -> None:
         tensors = join_groups(self, ("init", "masks", "trained"))
-        about = {name: getattr(self, name) for name in ("rounds", "dense", "settings")}
+        about = {name: getattr(self, name) for name in ABOUT}
         save_tensors(path, "ticket", tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "Ticket":
         """Raises TicketError, naming what is wrong, unless the file holds a whole ticket."""
-        tensors, about = _load(path, "ticket", ("rounds", "dense", "settings"))
+        try:
+            tensors, about = load_tensors(path, "ticket")
+        except (OSError, FormatError) as error:
+            raise TicketError(str(error)) from error
         groups = {name: split_prefix(tensors, name) for name in ("init", "masks", "trained")}
         try:
+            if about.keys() != {*ABOUT}:
+                raise FormatError(f"expected {', '.join(ABOUT)} in the metadata, got {about}")
             if len(tensors) != sum(map(len, groups.values())):
                 raise FormatError(f"expected init, masks and trained, got {sorted(tensors)}")
             expect_masked(**groups)
@@ -150,14 +161,3 @@ def expect_records(records: object) -> None:
             raise FormatError(f"expected a record with its round and density, got {record!r}")
         if not 0 <= density <= 1:
             raise FormatError(f"expected a density from 0 to 1, got {density}")
-
-
-def _load(path: str | Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
-    try:
-        tensors, about = load_tensors(path, kind)
-    except (OSError, FormatError) as error:
-        raise TicketError(str(error)) from error
-    for key in keys:
-        if not isinstance(about, dict) or key not in about:
-            raise TicketError(f"{path}: expected {key!r} in the metadata, got {about}")
-    return tensors, about

@@ -1,18 +1,22 @@
 """benchmark: how long models take on the same inputs, beside the best that a dense one can do."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
 from timeit import Timer
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils._pytree import tree_map_only
 
 from .sequential import SparseSequential
 
 RIVALS = ("one call", "compiled", "bfloat16")  # other ways to run a dense model
+Name = TypeVar("Name", bound=Hashable)
 TURN = 4e-3  # seconds of one call's part of a turn
 
 
@@ -80,7 +84,7 @@ def benchmark(
     rivals: tuple[str, ...] = RIVALS,
     turns: int = 101,
 ) -> Benchmark:
-    """Times each model on the inputs, in inference mode, on the device where both are.
+    """Times each model on the inputs, in eval and inference mode, on the device where both are.
 
     models: by name; inputs: a tensor, the arguments as a tuple, or the keyword arguments as a dict
     baseline: the dense model that others are compared with, if it is among them. Since a comparison
@@ -88,21 +92,28 @@ def benchmark(
         (an `nn.Sequential` on the native kernels), "compiled" (`torch.compile`, whose compilation
         is not counted) and "bfloat16".
     The models take turns, so that a busy moment of the machine falls on all of them, and the turns
-    are many and short, so that it spoils few.
+    are many and short, so that it spoils few. Raises ValueError where the baseline is masked by
+    `torch.nn.utils.prune`, which slows it.
     """
+    if baseline in models and prune.is_pruned(models[baseline]):
+        raise ValueError(
+            f"expected {baseline!r} without masks, which slow it: take a fresh model, or "
+            "torch.nn.utils.prune.remove"
+        )
     calls, left_out = {name: _call(model, inputs) for name, model in models.items()}, {}
-    for rival in rivals if baseline in models else ():
-        name = f"{baseline}, {rival}"
-        try:
-            calls[name] = _rival(rival, models[baseline], inputs)
-        except Exception as error:  # of a compiler, a backend, an operation without bfloat16
-            left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    with torch.inference_mode():
-        times = in_turn(calls, turns)
+    with _in_eval_mode(models.values()):
+        for rival in rivals if baseline in models else ():
+            name = f"{baseline}, {rival}"
+            try:
+                calls[name] = _rival(rival, models[baseline], inputs)
+            except Exception as error:  # of a compiler, a backend, an operation without bfloat16
+                left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        with torch.inference_mode():
+            times = in_turn(calls, turns)
     return Benchmark(times, baseline if baseline in models else None, left_out)
 
 
-def in_turn(calls: Mapping[str, Callable[[], object]], turns: int = 101) -> dict[str, Times]:
+def in_turn(calls: Mapping[Name, Callable[[], object]], turns: int = 101) -> dict[Name, Times]:
     """Times of each call; in a turn, each runs as often as fits into a few milliseconds."""
     timers = {name: Timer(call) for name, call in calls.items()}
     runs, seconds = {}, {name: [] for name in calls}
@@ -114,6 +125,18 @@ def in_turn(calls: Mapping[str, Callable[[], object]], turns: int = 101) -> dict
         for name, timer in timers.items():
             seconds[name].append(timer.timeit(runs[name]) / runs[name])
     return {name: Times(tuple(turn)) for name, turn in seconds.items()}
+
+
+@contextmanager
+def _in_eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    modes = {module: module.training for model in models for module in model.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _call(model: nn.Module, inputs: Tensor | tuple | dict) -> Callable[[], object]:

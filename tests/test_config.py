@@ -36,7 +36,7 @@ WRONG = {
     "bs": [1.0, True, 0, 10**30, None],
     "epochs": [True, 0, 10**9 + 1],
     "iterations": [1.5, 0, False],
-    "prune_rounds": [10**400, 0],
+    "prune_rounds": [10**400, 10**9, 0],
     "lr": [True, "1", 10**400, float("inf"), float("nan"), 0],
     "prune_pc": [0, 1, True, 1e-30, 1 - 1e-9],
     "reinit": [0, 1, [True], "yes", None],

@@ -3,12 +3,12 @@ import sys
 from functools import partial
 
 import pytest
-import torch
 
 from sparse_lth.experiments import paper, results
 from sparse_lth.experiments.chains import CONTROLS, TICKET, Plan, grid
 from sparse_lth.experiments.claims import FAILS, HOLDS, NOISE, judge, verdict
 from sparse_lth.experiments.page import write_page
+from sparse_lth.timing import Times
 
 
 def _training(losses):
@@ -147,18 +147,17 @@ def test_results_without_a_method_are_refused(tmp_path, capsys):
     assert "expected results of the whole grid" in capsys.readouterr().err
 
 
-def _quick_latencies(networks, image):
-    """Runs each network once; the times are made up."""
-    with torch.inference_mode():
-        assert all(network(image).shape == (1, 10) for network in networks.values())
-    return {key: [1e-5, 2e-5, 3e-5] for key in networks}
+def _quick_times(calls):
+    """Calls each network once; the times are made up."""
+    assert all(call().shape == (1, 10) for call in calls.values())
+    return {key: Times((1e-5, 2e-5, 3e-5)) for key in calls}
 
 
 @pytest.mark.slow
 def test_the_whole_grid_without_tensorboard_and_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper, "find_spec", lambda name: None)
     monkeypatch.setattr(paper, "Plan", partial(Plan, levels=(7, 15), few_levels=(15,)))
-    monkeypatch.setattr(paper, "latencies", _quick_latencies)
+    monkeypatch.setattr(paper, "in_turn", _quick_times)
     flags = [*QUICK, "--workers", "2", "--results", str(tmp_path)]
     assert paper.main(flags) == 0
     assert "no TensorBoard curves: pip install tensorboard" in capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--prune_pc", "1.5"], "prune_pc: expected a fraction above 0 and below 1, got 1.5"),
-        (["--prune_rounds", "0"], "prune_rounds: expected 1 to 1000000000, got 0"),
+        (["--prune_rounds", "0"], "prune_rounds: expected 1 to 1000, got 0"),
         (["--epochs", "0"], "epochs: expected 1 to 1000000000, got 0"),
         (["--bs", "-1"], "bs: expected 1 to 1000000000, got -1"),
         (

@@ -25,6 +25,7 @@ from sparse_lth.program.report import (
 from sparse_lth.program.tickets import sparse_network
 from sparse_lth.saving import save_sparse
 from sparse_lth.ticket import Ticket
+from sparse_lth.timing import Benchmark, Times
 from sparse_lth.weights import weight_layers
 
 
@@ -216,8 +217,16 @@ def test_settings_are_escaped(tmp_path):
 
 def test_the_measured_summary_is_json_and_reports(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "sparse_lth.program.measure.latencies",
-        lambda models, x: {"dense": [2e-4, 3e-4, 2e-4], "pruned": [1e-4, 1e-4, 1e-4]},
+        "sparse_lth.program.measure.benchmark",
+        lambda models, x, rivals: Benchmark(
+            {
+                "dense": Times((4e-4, 3e-4, 4e-4)),
+                "dense, one call": Times((2e-4, 3e-4, 2e-4)),
+                "pruned": Times((1e-4, 1e-4, 1e-4)),
+            },
+            "dense",
+            {},
+        ),
     )
     ticket = make_ticket(export_blocksize=(16, 16))
     save_sparse(sparse_network(ticket, (16, 16)), tmp_path / "model", "lenet-300-100")

@@ -218,6 +218,7 @@ def test_one_shot_leaves_what_all_rounds_leave():
     assert densities[0] == pytest.approx([1, 0.669, 0.447, 0.299, 0.2], abs=0.01)
     assert densities[1] == [densities[0][n] for n in (0, 2, 4)]
     assert densities[2] == [densities[0][n] for n in (0, 4)]
+    assert [*Search(mlp(9, 9), levels=())] == [0]  # the dense network alone
 
 
 def test_movement_keeps_what_moved_away_from_zero():
@@ -405,6 +406,31 @@ def test_the_measurements_of_each_round_are_in_the_ticket():
     assert scored.rounds[-1]["score"] == 0.9
 
 
+def test_a_model_is_trained_in_its_own_mode_and_evaluated_without_gradients():
+    model, modes = mlp(6, 6), []
+    model[2].eval()  # a BatchNorm that is frozen
+
+    def note(model):
+        modes.append((model.training, model[2].training, torch.is_grad_enabled()))
+        return len(modes)
+
+    find_ticket(model, note, 0.5, 1, evaluate=note)
+    assert modes == [(True, False, True), (False, False, False)] * 2
+
+
+def test_an_optimizer_made_before_the_search_goes_on_with_the_model():
+    torch.manual_seed(0)
+    model, x = mlp(9, 9), torch.randn(8, 9)
+    updates = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    search = Search(model, 0.3, 2)
+    for _ in search:
+        before = snapshot(model)
+        trainer(x, lambda _: updates)(model)
+        for name, mask in search.masks.items():
+            moved = snapshot(model)[f"{name}.weight"] != before[f"{name}.weight"]
+            assert torch.equal(moved, mask)
+
+
 @pytest.mark.parametrize("weights", ["init", "trained"])
 def test_a_ticket_goes_onto_a_fresh_model(tmp_path, weights):
     torch.manual_seed(0)
@@ -433,9 +459,15 @@ def test_the_sparse_network_of_a_ticket_is_the_trained_model():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)), torch.randn(8, 32)
     ticket = find_ticket(model, trainer(x), 0.3, 1, (8, 8), filter_fn=lambda m, name: name == "0")
-    sparse = ticket.sparse_network(copy.deepcopy(model), (8, 8))
+    sparse = ticket.sparse_network(copy.deepcopy(model))
+    assert sparse[0].blocksize == (8, 8)
     torch.testing.assert_close(sparse(x), model(x), rtol=1e-4, atol=1e-4)
     assert not prune.is_pruned(sparse)
+
+
+def test_a_model_that_is_wrapped_is_searched_inside():
+    ticket = find_ticket(nn.DataParallel(mlp(6, 6)), lambda model: None)
+    assert ticket.masks.keys() == {"1", "4"}
 
 
 def _masks_of_rank(rank, file, criterion, folder, results):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from sparse_lth import SparseLinear, benchmark
 from sparse_lth.timing import Benchmark, Times, in_turn
@@ -65,3 +66,20 @@ def test_without_a_baseline_nothing_is_compared():
     found = benchmark({"mine": nn.Linear(8, 8)}, torch.randn(2, 8), turns=2)
     assert found.best_dense is None
     assert found.speedup("mine").p50 == 1
+
+
+def test_models_are_timed_in_eval_mode_and_left_as_they_were():
+    norm = nn.BatchNorm1d(8)
+    model = nn.Sequential(nn.Linear(8, 8), norm)
+    model[0].eval()
+    benchmark({"dense": model}, torch.randn(4, 8), rivals=(), turns=2)
+    assert norm.num_batches_tracked == 0
+    assert [m.training for m in model.modules()] == [True, False, True]
+
+
+def test_a_dense_model_that_masks_slow_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match="expected 'dense' without masks, which slow it"):
+        benchmark({"dense": model}, torch.randn(2, 8), turns=2)
+    benchmark({"masked": model}, torch.randn(2, 8), turns=2)

@@ -7,9 +7,9 @@ import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
 
@@ -18,11 +18,12 @@ from ..kernels import backend
 from ..program.config import DATASETS
 from ..program.data import DataError, load
 from ..program.lottery import State
-from ..program.measure import latencies, summarise
+from ..program.measure import summarise
 from ..program.models import NARROW
 from ..program.tickets import dense_network, load_ticket, sparse_network
 from ..program.training import TrainingError
 from ..sequential import SparseSequential
+from ..timing import in_turn
 from . import results
 from .chains import ROW, TICKET, Chain, Plan, chain_path, grid, is_measured, ticket_path
 from .engine import EngineError, run_pool, run_ray
@@ -126,20 +127,21 @@ def measure(chains: Sequence[Chain], folder: Path, image: torch.Tensor) -> dict[
     threads, times = torch.get_num_threads(), {}
     torch.set_num_threads(1)
     try:
-        for (key, _), seconds in latencies(networks, image).items():
-            times[key] = min(times.get(key, seconds), seconds, key=median)
+        with torch.inference_mode():
+            measured = in_turn({key: partial(network, image) for key, network in networks.items()})
+        for (key, _), form in measured.items():
+            times[key] = min(times.get(key, form), form, key=lambda form: form.p50)
         machine = summarise(ticket, "cpu")
     finally:
         torch.set_num_threads(threads)
     context = (machine["device"], machine["threads"], backend(image).name)
-    dense = median(times[TICKET, "lenet-300-100", "1x1", 0])
-    measured = {}
-    for key, seconds in times.items():
-        low, *_, high = quantiles(seconds, n=5)
-        values = (1e6 * median(seconds), 1e6 * low, 1e6 * high, dense / median(seconds))
-        measured[key] = dict(zip(results.SPEED, (*values, *context), strict=True))
-    write(path, json.dumps([[list(key), speed] for key, speed in measured.items()], indent=1))
-    return measured
+    dense = times[TICKET, "lenet-300-100", "1x1", 0].p50
+    speeds = {}
+    for key, form in times.items():
+        values = (1e6 * form.p50, 1e6 * form.p20, 1e6 * form.p80, dense / form.p50)
+        speeds[key] = dict(zip(results.SPEED, (*values, *context), strict=True))
+    write(path, json.dumps([[list(key), speed] for key, speed in speeds.items()], indent=1))
+    return speeds
 
 
 def build_parser() -> argparse.ArgumentParser:

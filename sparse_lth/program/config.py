@@ -20,6 +20,7 @@ TRAIN_SPARSE = ("auto", "on", "off")
 DEVICES = ("cpu", "cuda")
 DATASETS = ("auto", *SOURCES)
 MOST = 10**9  # of epochs, steps and the like: what is more was not meant
+ROUNDS = 1000  # at most: the density of each is worked out before the first
 _STEPS = re.compile(r"([0-9]{1,9})(it|ep)")
 
 
@@ -74,9 +75,10 @@ class RunConfig:
             ("device", DEVICES),
         ):
             self._expect(name, f"one of {', '.join(values)}", getattr(self, name) in values)
-        for name in ("bs", "epochs", "iterations", "every", "prune_rounds"):
+        for name in ("bs", "epochs", "iterations", "every"):
             value = getattr(self, name)
             self._expect(name, f"1 to {MOST}", value is None or 1 <= value <= MOST)
+        self._expect("prune_rounds", f"1 to {ROUNDS}", 1 <= self.prune_rounds <= ROUNDS)
         self._expect("lr", "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
         self._expect("prune_pc", "a fraction above 0 and below 1", 0 < self.prune_pc < 1)
         self._expect("seed", "0 or more", self.seed >= 0)

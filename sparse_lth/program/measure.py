@@ -4,44 +4,21 @@ import math
 import platform
 from importlib import metadata
 from pathlib import Path
-from statistics import median, quantiles
-from timeit import Timer
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..kernels import backend
 from ..layers import SparseLinear
 from ..saving import load_sparse
 from ..ticket import Ticket
+from ..timing import benchmark
 from ..weights import weight_layers
 from .data import Split
 from .models import MODELS
 from .tickets import dense_network
 from .training import evaluate
-
-
-def latencies(models: dict[str, nn.Module], x: Tensor, turns: int = 101) -> dict[str, list[float]]:
-    """Seconds of one inference of each model on x, once for every turn.
-
-    The models take turns, so that a busy moment of the machine falls on all of them, and the
-    turns are many and short, so that it spoils few.
-    """
-    timers = {name: Timer(lambda m=model: _run(m, x)) for name, model in models.items()}
-    times = {name: [] for name in models}
-    with torch.inference_mode():
-        runs = {name: max(1, timer.autorange()[0] // 50) for name, timer in timers.items()}  # 4 ms
-        for _ in range(turns):
-            for name, timer in timers.items():
-                times[name].append(timer.timeit(runs[name]) / runs[name])
-    return times
-
-
-def _run(model: nn.Module, x: Tensor) -> None:
-    model(x)
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 def summarise(ticket: Ticket, device: str) -> dict:
@@ -82,7 +59,8 @@ def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
     -> `summarise`, "backend", "stored" weights in each of its layers, "stored_density" over all,
     and "rows": {"measure", "unit", "dense", "pruned"}; "gain" is how many times better the pruned
     network is, below 1 where it is worse; a row of speed has its "batch", and in "gain_range" the
-    20th and 80th percentile of the gain over the turns.
+    20th and 80th percentile of the gain over the turns. Dense is the faster of plain layers and
+    all of them in one call, as the pruned network runs.
     """
     dense = dense_network(ticket).to(test.images.device)
     sparse = load_sparse(sparse_path).to(test.images.device)
@@ -96,17 +74,16 @@ def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
     ]
     for batch in (1, 64, 1024):
         images = test.images[:1].expand(batch, -1, -1, -1).contiguous()
-        times = latencies({"dense": dense, "pruned": sparse}, images)
-        seconds = {name: median(values) for name, values in times.items()}
+        found = benchmark({"dense": dense, "pruned": sparse}, images, rivals=("one call",))
+        seconds = {"dense": found.times[found.best_dense].p50, "pruned": found.times["pruned"].p50}
         if batch == 1:
             row = {"measure": "latency, batch 1", "unit": "µs"}
             row |= {name: 1e6 * s for name, s in seconds.items()}
         else:
             row = {"measure": f"throughput, batch {batch}", "unit": "images/s"}
             row |= {name: batch / s for name, s in seconds.items()}
-        gains = [d / p for d, p in zip(times["dense"], times["pruned"], strict=True)]
-        low, *_, high = quantiles(gains, n=5)
-        gain = {"gain": seconds["dense"] / seconds["pruned"], "gain_range": [low, high]}
+        gains = found.speedup("pruned")
+        gain = {"gain": seconds["dense"] / seconds["pruned"], "gain_range": [gains.p20, gains.p80]}
         rows.append({**row, "batch": batch, **gain})
     sizes = len(safetensors.torch.save(dense.state_dict())), sparse_path.stat().st_size
     row = {"measure": "file size", "unit": "bytes", "dense": sizes[0], "pruned": sizes[1]}
