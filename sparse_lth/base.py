@@ -50,8 +50,8 @@ class BlockSparse(nn.Module):
 
     These are ordinary tensors, so `state_dict`, `deepcopy`, `pickle`, optimizers, `.to()` and
     `torch.compile` work as on any module. Whatever is done to them is seen at the next call, which
-    checks the indices if they changed and raises ValueError where the tensors do not fit. Only an
-    optimizer of matrices, such as Muon, is not for `weight_values`: each block is one of those.
+    checks the indices if they changed and raises ValueError where the tensors do not fit. Only
+    optimizers of matrices, such as Muon, cannot train `weight_values`, which has three dimensions.
     """
 
     _last: Snapshot | None = None

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from sparse_lth import block_l1_unstructured, sparsify_
 from sparse_lth.convert import is_linear
 
-BLOCKSIZES = {"blocks": (8, 4), "unstructured": (1, 1)}
+BLOCKSIZES = {"blocks": (8, 4), "unstructured": (1, 1)}  # "blocks" masks half of some blocks
 ATTENTION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -38,7 +38,7 @@ def _torchvision(module: str, name: str, config: Callable) -> Case:
 def _timm(name: str, **config):
     def make() -> nn.Module:
         kind = getattr(importlib.import_module("timm.models"), name)
-        return kind(img_size=32, patch_size=16, embed_dim=32, num_classes=24, **config)
+        return kind(img_size=32, embed_dim=32, num_classes=24, **config)
 
     return make, lambda: {"x": torch.randn(2, 3, 32, 32)}
 
@@ -112,8 +112,10 @@ CASES = {
         ),
         pruned=5,
     ),
-    "timm ViT": Case("timm", *_timm("VisionTransformer", depth=2, num_heads=2), pruned=9),
-    "timm MLP-Mixer": Case("timm", *_timm("MlpMixer", num_blocks=2), pruned=9),
+    "timm ViT": Case(
+        "timm", *_timm("VisionTransformer", patch_size=16, depth=2, num_heads=2), pruned=9
+    ),
+    "timm MLP-Mixer": Case("timm", *_timm("MlpMixer", patch_size=8, num_blocks=2), pruned=9),
     "BERT": Case(
         "transformers",
         *_transformers(
@@ -242,7 +244,7 @@ def pruned_model(name: str, how: str) -> nn.Module:
     model = fresh_model(name)
     for layer in _prunable(model):
         if how == "blocks":
-            block_l1_unstructured(layer, "weight", 0.5, BLOCKSIZES[how])
+            block_l1_unstructured(layer, "weight", 0.6, (4, 4))
         else:
             prune.l1_unstructured(layer, "weight", 0.8)
     return model.eval()
