@@ -130,7 +130,7 @@ def test_cuda_graph_of_a_training_step():
     for _ in range(3):
         graph.replay()
         step(layers[1], optimizers[1])
-    assert torch.equal(layers[0].values, layers[1].values)
+    assert torch.equal(layers[0].weight_values, layers[1].weight_values)
     assert torch.equal(layers[0].bias, layers[1].bias)
 
 
