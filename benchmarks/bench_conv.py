@@ -26,7 +26,7 @@ pytestmark = needs_native
 def sparse_lenet_5(blocksize, density):
     """LeNet-5 of random kept blocks; its last layer, of 10 outputs, unstructured"""
     modules = []
-    for module in MODELS["lenet-5"]():
+    for module in MODELS["lenet-5"].build():
         if isinstance(module, nn.Conv2d):
             sizes = module.in_channels, module.out_channels, module.kernel_size
             options = {"padding": module.padding, "blocksize": blocksize, "density": density}
@@ -42,7 +42,7 @@ def sparse_lenet_5(blocksize, density):
 @pytest.mark.parametrize("batch", [1, 16, 128, 1024])
 @pytest.mark.parametrize("blocksize", [(1, 1), (8, 1), (16, 1)])
 def test_lenet_5(benchmark, tabulate, blocksize, batch):
-    dense, sparse = MODELS["lenet-5"](), sparse_lenet_5(blocksize, 0.1)
+    dense, sparse = MODELS["lenet-5"].build(), sparse_lenet_5(blocksize, 0.1)
     x = torch.rand(batch, 1, 28, 28)
     with torch.inference_mode():
         speedup = compare(

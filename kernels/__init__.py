@@ -18,6 +18,7 @@ from .calls import (
     is_traced,
     is_transformed,
     jit_tracing,
+    kept_weights,
     plain,
 )
 from .conv2d_torch import Window
@@ -250,14 +251,6 @@ def _sddmm_flops(grad, x, crow_indices, col_indices, C, R, **_) -> int:
 
 
 def _products(x, y, block, crow_indices, col_indices) -> int:
-    """2 * batch * kept weights; padding counts only where the indices have no numbers."""
-    (batch, inputs), outputs, (C, R), nnz = x.shape, y.shape[1], block, len(col_indices)
-    kept = nnz * C * R
-    if nnz and type(col_indices) is Tensor and not col_indices.is_meta:
-        below, beside = -outputs % R, -inputs % C  # the padding of the last block row and column
-        in_last_row = int(crow_indices[-1] - crow_indices[-2])
-        in_last_column = col_indices == -(-inputs // C) - 1
-        corner = in_last_row > 0 and bool(in_last_column[-1])
-        kept -= in_last_row * below * C + int(in_last_column.sum()) * beside * R
-        kept += corner * below * beside
-    return 2 * batch * kept
+    """2 * batch * kept weights"""
+    (batch, inputs), outputs = x.shape, y.shape[1]
+    return 2 * batch * kept_weights((outputs, inputs), block, crow_indices, col_indices)

@@ -54,3 +54,20 @@ def grid_of(out_features: int, in_features: int, block: tuple[int, int]) -> tupl
     """(block_rows, block_cols) of blocks (C, R)"""
     C, R = block
     return -(-out_features // R), -(-in_features // C)
+
+
+def kept_weights(
+    shape: tuple[int, int], block: tuple[int, int], crow_indices: Tensor, col_indices: Tensor
+) -> int:
+    """How many weights of an (out_features, in_features) matrix its blocks (C, R) hold; padding
+    counts only where the indices have no numbers."""
+    (outputs, inputs), (C, R), nnz = shape, block, len(col_indices)
+    kept = nnz * C * R
+    if nnz and type(col_indices) is Tensor and not col_indices.is_meta:
+        below, beside = -outputs % R, -inputs % C  # the padding of the last block row and column
+        in_last_row = int(crow_indices[-1] - crow_indices[-2])
+        in_last_column = col_indices == -(-inputs // C) - 1
+        corner = in_last_row > 0 and bool(in_last_column[-1])
+        kept -= in_last_row * below * C + int(in_last_column.sum()) * beside * R
+        kept += corner * below * beside
+    return kept

@@ -49,7 +49,7 @@ def definition(
     window: Window,
     activation: str = "none",
 ) -> Tensor:
-    """activation(F.conv2d(x, weight, bias)), in the memory format of x
+    """activation(F.conv2d(x, weight, bias)), in operations that compile, export and vmap
 
     x: (batch, in_channels, height, width); values: (nnz, C, R), the blocks of an
     (out_channels, in_channels * kernel) weight; bias: (out_channels,)
@@ -58,7 +58,7 @@ def definition(
     window.output_size(*x.shape[2:])  # ValueError where the kernel does not fit
     weight = _weight(values, crow_indices, col_indices, out_channels, x.shape[1], window)
     y = F.conv2d(_padded(x, window), weight, bias, window.stride, 0, window.dilation)
-    return ACTIVATIONS[activation](y).contiguous(memory_format=memory_format(x))
+    return ACTIVATIONS[activation](y)
 
 
 def conv2d(
@@ -70,8 +70,9 @@ def conv2d(
     window: Window,
     activation: str = "none",
 ) -> Tensor:
-    """The same, of a checked pattern."""
-    return definition(x, values, *pattern[:2], bias, out_channels, window, activation)
+    """The same, of a checked pattern and in the memory format of x."""
+    y = definition(x, values, *pattern[:2], bias, out_channels, window, activation)
+    return y.contiguous(memory_format=memory_format(x))
 
 
 def conv2d_grad_input(

@@ -1,14 +1,16 @@
 """The block-sparse convolution, differentiable: `conv2d` in eager code, `traced_conv2d` where a
 compiler, tracer or transform looks on. As `linear`, on images."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import conv2d_native, conv2d_torch
-from .calls import Weights, grid_of, is_transformed, plain
+from .calls import Weights, grid_of, is_transformed, kept_weights, plain
 from .conv2d_torch import Window, memory_format
 from .dispatch import TORCH, backend
 from .pattern import Pattern, check_sizes, pattern_of
@@ -225,3 +227,27 @@ class _Conv2d(torch.autograd.Function):
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = grad.sum((0, 2, 3))
         return dx, dvalues, dbias, *[None] * 4
+
+
+@register_flop_formula(torch.ops.sparse_lth.conv2d, get_raw=True)
+def _flops(x, values, crow_indices, col_indices, bias, channels, kernel, *_, out_val, **__) -> int:
+    return _products(out_val, x, values.shape[1:], crow_indices, col_indices, kernel)
+
+
+@register_flop_formula(torch.ops.sparse_lth.conv2d_grad_input, get_raw=True)
+def _grad_input_flops(
+    grad, values, crow_indices, col_indices, shape, kernel, *_, out_val, **__
+) -> int:
+    return _products(grad, out_val, values.shape[1:], crow_indices, col_indices, kernel)
+
+
+@register_flop_formula(torch.ops.sparse_lth.conv2d_grad_weight, get_raw=True)
+def _grad_weight_flops(grad, x, crow_indices, col_indices, C, R, kernel, *_, **__) -> int:
+    return _products(grad, x, (C, R), crow_indices, col_indices, kernel)
+
+
+def _products(y, x, block, crow_indices, col_indices, kernel) -> int:
+    """2 * kept weights for each output position of the batch"""
+    batch, out_channels, *size = y.shape
+    shape = out_channels, x.shape[1] * math.prod(kernel)
+    return 2 * batch * math.prod(size) * kept_weights(shape, block, crow_indices, col_indices)

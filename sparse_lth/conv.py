@@ -8,6 +8,7 @@ from torch.fx import Proxy
 from . import base, bsr
 from .base import BlockSparse
 from .kernels import Weights, Window, conv2d, is_traced, max_pooled_conv2d, traced_conv2d
+from .kernels.linear_native import NESTED
 from .layers import current
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -112,9 +113,10 @@ class SparseConv2d(BlockSparse):
         """x: (batch, in_channels, height, width), or one image without the batch, in the weight's
         dtype unless under autocast -> (batch, out_channels, out_height, out_width)"""
         if isinstance(x, Proxy):  # of torch.fx, which has no shape yet
-            return self._traced(x, self.window)
-        if x.dim() == 3:
+            return self._traced(*self._padded(x))
+        if x.dim() == 3 and not x.is_nested:
             return self(x[None])[0]
+        self._check(x)
         dtype = base._autocast_dtype(x)
         x, window = self._padded(x if dtype is None else x.to(dtype))
         if is_traced(x) or self._snapshot().pattern is None:
@@ -132,6 +134,7 @@ class SparseConv2d(BlockSparse):
         if self.activation == "gelu" or snapshot.pattern is None:
             y = self(x)
             return F.max_pool2d(y.relu() if relu else y, 2)
+        self._check(x)
         x, window = self._padded(x)
         values, bias, *_, kept = snapshot.alive
         weights = Weights(values if kept is None else values * kept, snapshot.pattern, bias)
@@ -150,12 +153,16 @@ class SparseConv2d(BlockSparse):
         weights = values, self.crow_indices, self.col_indices, bias, self.out_channels
         return traced_conv2d(x, *weights, window, self.activation)
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, Window]:
-        """What the operation takes: x itself, unless zeros are not what it is padded with."""
+    def _check(self, x: Tensor) -> None:
+        if x.is_nested:
+            raise ValueError(NESTED)
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"expected (batch, {self.in_channels}, height, width) inputs, got {tuple(x.shape)}"
             )
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Window]:
+        """What the operation takes: x itself, unless zeros are not what it is padded with."""
         window = self.window
         if self.padding_mode != "zeros":
             x = F.pad(x, window.padding, self.padding_mode)

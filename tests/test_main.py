@@ -6,13 +6,14 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import main
-from sparse_lth import Ticket, load_sparse
-from sparse_lth.program import data
+from sparse_lth import SparseConv2d, SparseLinear, Ticket, load_sparse
+from sparse_lth.program import data, measure
 from sparse_lth.program.folder import owned
 
 ROOT = Path(main.__file__).parent
@@ -39,6 +40,32 @@ def test_the_whole_path(tmp_path, capsys):
     ]
     assert next(row["measure"] for row in records[2]["rows"]) == "test accuracy"
     assert {"config.json", "report.html", "tensorboard"} <= {p.name for p in run_dir.iterdir()}
+
+
+def test_an_exported_lenet_5_keeps_a_tenth_of_all_its_weights(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "latencies", partial(measure.latencies, turns=2))
+    assert _run(*QUICK, "--model", "lenet-5", "--export-sparse", "--out-dir", tmp_path) == 0
+    assert "1x1 blocks" in capsys.readouterr().out
+    model = load_sparse(tmp_path / "sparse_model.safetensors")
+    layers = {name: m for name, m in model.named_children() if hasattr(m, "bias")}
+    assert {type(layers.pop(name)) for name in ("conv1", "conv2")} == {SparseConv2d}
+    assert {type(layer) for layer in layers.values()} == {SparseLinear}
+    stored = sum(len(m.weight_values) for m in model.modules() if hasattr(m, "weight_values"))
+    all_weights = 150 + 2400 + 400 * 120 + 120 * 84 + 840
+    assert stored / all_weights == pytest.approx(0.1, abs=1e-4)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["stored_density"] == pytest.approx(stored / all_weights)
+    assert not any("dense" in layer for layer in last["layers"])
+
+
+def test_what_stays_dense_is_said_beside_the_density(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "latencies", partial(measure.latencies, turns=2))
+    flags = "--model", "lenet-5", "--export-sparse", "--blocksize", "16x1", "--out-dir", tmp_path
+    assert _run(*QUICK, *flags) == 0
+    out, page = capsys.readouterr().out, (tmp_path / "report.html").read_text("utf-8")
+    for text in (out, page):
+        assert "(conv1, fc3 dense)" in text
+        assert "conv1 stays dense: expected blocks of at most (6, 25) to fit conv1" in text
 
 
 def test_without_export_the_original_defaults_hold(tmp_path, capsys):

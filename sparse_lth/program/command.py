@@ -125,7 +125,8 @@ def new_config(flags: dict) -> RunConfig:
     flags = dict(flags)
     if "export_blocksize" in flags:
         flags.setdefault("prune_pc", 0.9)
-        flags.setdefault("blocksize", (16, 16))
+        model = MODELS[flags.get("model", RunConfig.model)]
+        flags.setdefault("blocksize", model.blocksize)
         flags["export_blocksize"] = flags["export_blocksize"] or flags["blocksize"]
     flags.setdefault("data_dir", os.environ.get("SPARSE_LTH_DATA", RunConfig.data_dir))
     if flags.get("device", "auto") == "auto":
@@ -189,7 +190,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", "network", choices=MODELS)
     add(
         "blocksize",
-        "prune blocks of R outputs x C inputs; 1x1 is single weights; with --export-sparse 16x16",
+        "prune blocks of R outputs x C inputs; 1x1 is single weights; with --export-sparse "
+        "16x16, but 1x1 for lenet-5",
         type=blocksize,
         metavar="RxC",
     )

@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ..base import BlockSparse
 from ..kernels import backend
-from ..layers import SparseLinear
 from ..saving import load_sparse
 from ..ticket import Ticket
 from ..timing import benchmark
@@ -25,7 +25,7 @@ def summarise(ticket: Ticket, device: str) -> dict:
     """What was found and where, as JSON: what every figure of a report stands beside.
 
     -> {"device" by its name, "threads", "python", "torch", "triton" or None: versions,
-    "density" of the masks, "layers": {"layer", "shape", "kept": weights} and, where it stayed
+    "density" of the masks, "layers": {"layer", "shape", "kept": weights} and, where it stays
     dense, "dense": why; "pixels": the first-layer weights that each of the 28 x 28 inputs keeps,
     None behind a convolution}
     """
@@ -38,7 +38,9 @@ def summarise(ticket: Ticket, device: str) -> dict:
     for name, layer in weight_layers(kind.empty()).items():
         masks.append(ticket.masks.get(name, torch.ones(layer.weight.shape, dtype=torch.bool)))
         row = {"layer": name, "shape": [*layer.weight.shape], "kept": int(masks[-1].sum())}
-        layers.append(row | ({"dense": ticket.dense[name]} if name in ticket.dense else {}))
+        layers.append(row)
+        if name in ticket.dense:
+            row["dense"] = f"{ticket.dense[name]}; the density of the ticket does not count it"
     flat = masks[0].dim() == 2
     pixels = masks[0].sum(0).view(kind.input_shape[1:]).tolist() if flat else None
     return {
@@ -90,7 +92,11 @@ def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
     rows.append({**row, "gain": sizes[0] / sizes[1]})
     summary = summarise(ticket, test.images.device.type)
     for layer in summary["layers"]:
-        layer["stored"] = _stored(sparse.get_submodule(layer["layer"]))
+        module = sparse.get_submodule(layer["layer"])
+        layer["stored"] = _stored(module)
+        if not isinstance(module, BlockSparse):
+            R, C = ticket.settings["export_blocksize"]
+            layer.setdefault("dense", f"it has no empty {R}x{C} block")
     stored = sum(layer["stored"] for layer in summary["layers"])
     stored_density = stored / sum(math.prod(layer["shape"]) for layer in summary["layers"])
     return {
@@ -103,7 +109,7 @@ def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
 
 def _stored(layer: nn.Module) -> int:
     """Weights in the file, biases and padding not counted."""
-    if isinstance(layer, SparseLinear):
+    if isinstance(layer, BlockSparse):
         return round(layer.density * layer.in_features * layer.out_features)
     return layer.weight.numel()
 

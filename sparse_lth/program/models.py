@@ -63,6 +63,7 @@ class Model:
     build: () -> the model; initialise(model, generator) draws its first weights in place
     input_shape: of one sample; loss(outputs, labels, reduction) -> (), as torch's functions have it
     output: the name of the output layer, which is pruned at half the rate
+    blocksize: what --export-sparse prunes in by default
     """
 
     build: Callable[[], nn.Module]
@@ -70,6 +71,7 @@ class Model:
     input_shape: tuple[int, ...] = (1, 28, 28)
     loss: Callable[..., Tensor] = F.cross_entropy
     output: str = "fc3"
+    blocksize: tuple[int, int] = (16, 16)
 
     def empty(self) -> nn.Module:
         """All shapes and no weights, on the meta device."""
@@ -93,7 +95,7 @@ NARROW = {  # what pruning competes with: the same network, narrower
 }
 MODELS = {
     "lenet-300-100": Model(partial(_lenet_fc, 300, 100)),
-    "lenet-5": Model(_lenet_5),
+    "lenet-5": Model(_lenet_5, blocksize=(1, 1)),  # of 6 channels, which no taller block fits well
     **NARROW,
 }
 

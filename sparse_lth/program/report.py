@@ -109,14 +109,9 @@ def growth(summary: dict) -> str:
         share = percent(summary["stored_density"] * kept / stored)
         text.append(
             f"The stored density, {percent(summary['stored_density'])}, is {factor(stored / kept)} "
-            f"the {share} that is kept: a block is stored with its zeros, and a layer without an "
-            "empty block, or a convolution, is stored dense."
+            f"the {share} that is kept: a block is stored with its zeros, and so is a dense layer."
         )
-    if dense := [layer["layer"] for layer in layers if "dense" in layer]:
-        text.append(
-            f"{', '.join(dense)} could not be pruned, and the {percent(summary['density'])} of the "
-            "ticket do not count what stayed dense there."
-        )
+    text += [f"{x['layer']} stays dense: {x['dense']}." for x in layers if "dense" in x]
     return " ".join(text)
 
 
@@ -181,7 +176,9 @@ def _comparison_rows(summary: dict) -> list[tuple[str, ...]]:
         for row in summary["rows"]
     ]
     stored = summary["stored_density"]
-    return [*rows, ("density", "100 %", percent(stored), f"{factor(1 / stored)} fewer")]
+    dense = ", ".join(layer["layer"] for layer in summary["layers"] if "dense" in layer)
+    name = f"density\n({dense} dense)" if dense else "density"
+    return [*rows, (name, "100 %", percent(stored), f"{factor(1 / stored)} fewer")]
 
 
 def _plain(value: object) -> str:

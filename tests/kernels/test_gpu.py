@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_lth import SparseLinear, kernels
+from sparse_lth import SparseConv2d, SparseLinear, kernels
 from sparse_lth.kernels import linear_torch, sddmm_torch, tiles
 from tests.bounds import assert_close
 
@@ -63,6 +63,40 @@ def test_layer_against_float64(size, blocksize, dtype, batch):
     )
     assert_close(dvalues, exact, magnitude)
     assert_close(dbias, grad.sum(0), grad.abs().sum(0))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", [{}, {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 3)}])
+@pytest.mark.parametrize("blocksize", [(16, 16), (64, 16), (16, 1), (1, 1), (48, 5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_convolution_against_float64(batch, dtype, blocksize, options, layout):
+    torch.manual_seed(0)
+    sizes = {"blocksize": blocksize, "density": 0.3, "dtype": dtype, "device": "cuda"}
+    layer = SparseConv2d(20, 50, (3, 2), **options, **sizes)
+    x = torch.randn(batch, 20, 15, 18, device="cuda", dtype=dtype)
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    y = layer(x)
+    grad = torch.randn_like(y)
+    dx, dvalues, dbias = torch.autograd.grad(y, (x, layer.weight_values, layer.bias), grad)
+
+    exact, magnitude = (
+        SparseConv2d.from_dense(layer.to_dense(), blocksize=blocksize).double() for _ in range(2)
+    )
+    ends = [(exact, x.detach().double(), grad.double())]
+    with torch.no_grad():
+        for p in magnitude.parameters():
+            p.abs_()
+    ends.append((magnitude, x.detach().double().abs(), grad.double().abs()))
+    results = []
+    for reference, inputs, grads in ends:
+        inputs.requires_grad_()
+        outputs = reference(inputs)
+        leaves = inputs, reference.weight_values, reference.bias
+        results.append((outputs, *torch.autograd.grad(outputs, leaves, grads)))
+    for actual, *expected in zip((y, dx, dvalues, dbias), *results, strict=True):
+        assert_close(actual, *expected)
+    assert y.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -130,7 +164,7 @@ def test_cuda_graph_of_a_training_step():
     for _ in range(3):
         graph.replay()
         step(layers[1], optimizers[1])
-    assert torch.equal(layers[0].values, layers[1].values)
+    assert torch.equal(layers[0].weight_values, layers[1].weight_values)
     assert torch.equal(layers[0].bias, layers[1].bias)
 
 
