@@ -92,7 +92,7 @@ def _gather_matmul(x: Tensor, values: Tensor, crow: Tensor, col: Tensor, longest
     weight = weight.reshape(rows, longest * C, R).mT  # (rows, R, longest * C)
     inputs = col[slots][..., None] * C + torch.arange(C, device=col.device)
     inputs = torch.where(kept[..., None], inputs, in_features).clamp(max=in_features).flatten()
-    xt = F.pad(x.t(), (0, 0, 0, 1))  # what is not kept reads the row of zeros at the end
+    xt = torch.cat([x.t(), x.new_zeros(1, len(x))])  # what is not kept reads the zeros at the end
     chunks = [
         (weight @ part[inputs].view(rows, longest * C, part.shape[1])).flatten(0, 1).t()
         for part in xt.split(max(1, GATHERED // max(1, len(inputs))), dim=1)
