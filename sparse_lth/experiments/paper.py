@@ -111,18 +111,19 @@ def measure(chains: Sequence[Chain], folder: Path, image: torch.Tensor) -> dict[
     path = folder / "latency.json"
     if path.exists():
         return {tuple(key): speed for key, speed in json.loads(path.read_text())}
-    networks = {}
+    networks, dense = {}, {}
     for chain in filter(is_measured, chains):
         for level in (0, *chain.levels):
             ticket = load_ticket(ticket_path(folder, chain, level))
             key = (chain.method, chain.model, "x".join(map(str, chain.blocksize)), level)
-            networks[key, "one call"] = sparse_network(ticket, chain.blocksize)
             if level == 0:
-                networks[key, "layers"] = dense_network(ticket)
+                dense[key] = dense_network(ticket)
+            else:
+                networks[key, "one call"] = sparse_network(ticket, chain.blocksize)
     for name, kind in NARROW.items():
-        network = kind.new(torch.Generator())
-        key = ("dense", name, "1x1", 0)
-        networks[key, "layers"] = network.eval()
+        dense["dense", name, "1x1", 0] = kind.new(torch.Generator()).eval()
+    for key, network in dense.items():
+        networks[key, "layers"] = network
         networks[key, "one call"] = SparseSequential(OrderedDict(network.named_children())).eval()
     threads, times = torch.get_num_threads(), {}
     torch.set_num_threads(1)
@@ -135,10 +136,10 @@ def measure(chains: Sequence[Chain], folder: Path, image: torch.Tensor) -> dict[
     finally:
         torch.set_num_threads(threads)
     context = (machine["device"], machine["threads"], backend(image).name)
-    dense = times[TICKET, "lenet-300-100", "1x1", 0].p50
+    unpruned = times[TICKET, "lenet-300-100", "1x1", 0].p50
     speeds = {}
     for key, form in times.items():
-        values = (1e6 * form.p50, 1e6 * form.p20, 1e6 * form.p80, dense / form.p50)
+        values = (1e6 * form.p50, 1e6 * form.p20, 1e6 * form.p80, unpruned / form.p50)
         speeds[key] = dict(zip(results.SPEED, (*values, *context), strict=True))
     write(path, json.dumps([[list(key), speed] for key, speed in speeds.items()], indent=1))
     return speeds
