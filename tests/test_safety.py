@@ -383,7 +383,7 @@ def test_threads_get_the_result_of_one_state(what, mode, chained):
     layer, x = a_layer(), torch.randn(2, 64)
     states, results = [], []
     model = SparseSequential(layer, nn.ReLU()) if chained else layer
-    for seed, density in ((1, 0.05), (2, 1.0), (3, 0.4)):
+    for seed, density in ((1, 0.05), (2, 1.0), (3, 0.4), (4, 0.4)):
         state = (layer if what == "data" else a_layer(seed, density)).state_dict()
         states.append({name: t.clone() for name, t in state.items()})
         nn.init.normal_(states[-1]["weight_values"])
@@ -392,7 +392,7 @@ def test_threads_get_the_result_of_one_state(what, mode, chained):
     turn = iter(range(10**9))
 
     def change():
-        state = states[next(turn) % 3]
+        state = states[next(turn) % 4]
         if what == "data":
             layer.weight_values.data = state["weight_values"].clone()
             layer.bias.data = state["bias"].clone()  # the same in all of them

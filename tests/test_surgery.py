@@ -322,6 +322,7 @@ class Twins:
 
     def other_state(self, choose):
         """Other blocks: the parameters stay, and the optimizers go on."""
+        self.step(choose)
         reference, other, _ = a_pair(choose, self.dtype, self.blocksize, self.tied)
         before = dict(self.model.named_parameters())
         changed = [i for i in SPARSE if not self.same_blocks(i, other[i])]
