@@ -144,7 +144,7 @@ def empty(layer: nn.Module, blocksize: tuple[int, int]) -> BlockSparse:
     """What takes the place of the layer, without a block or a number."""
     if isinstance(layer, nn.Conv2d):
         return SparseConv2d.empty(layer, blocksize)
-    shape = _matrix(layer, _parameter(layer)).shape
+    shape = matrix(layer, _parameter(layer)).shape
     return SparseLinear.empty(*shape[::-1], blocksize)
 
 
@@ -157,7 +157,7 @@ def _parameter(layer: nn.Module) -> Tensor | None:
     return layer._parameters.get("weight_orig" if _is_pruned(layer) else "weight")
 
 
-def _matrix(layer: nn.Module, tensor: Tensor) -> Tensor:
+def matrix(layer: nn.Module, tensor: Tensor) -> Tensor:
     """A tensor of the weight's shape as (out_features, in_features)."""
     return tensor.t() if is_conv1d(layer) else tensor.flatten(1)
 
@@ -165,7 +165,7 @@ def _matrix(layer: nn.Module, tensor: Tensor) -> Tensor:
 def _mask(layer: nn.Module) -> Tensor:
     """(out_features, in_features), True where kept: by torch's prune, or where it is not zero."""
     mask = layer.weight_mask if _is_pruned(layer) else layer.weight
-    return _matrix(layer, mask.detach() != 0)
+    return matrix(layer, mask.detach() != 0)
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[nn.Module]]:
@@ -260,7 +260,7 @@ def _why_tied(layer: nn.Module, owners: dict, reasons: dict[nn.Module, str]) -> 
 def _convert(layer: nn.Module, blocksize: tuple[int, int], twin: BlockSparse | None) -> BlockSparse:
     """The layer's function on stored blocks; `twin` is what a layer tied to it became."""
     weight, mask = _parameter(layer), _mask(layer)
-    blocks = bsr.from_dense(_matrix(layer, weight.detach()), mask, blocksize)
+    blocks = bsr.from_dense(matrix(layer, weight.detach()), mask, blocksize)
     kept = bsr.kept_in_blocks(mask, blocks) if _is_pruned(layer) else None
     sparse = empty(layer, blocksize)._hold(*blocks, layer.bias, kept)
     if twin is not None:
@@ -299,5 +299,5 @@ def _carry(old: nn.Module, new: BlockSparse) -> None:
 
 def _row(name: str, layer: nn.Module, sparse: BlockSparse | None, reason: str) -> Row:
     weight = _parameter(layer)
-    shape = () if weight is None else tuple(_matrix(layer, weight).shape)
+    shape = () if weight is None else tuple(matrix(layer, weight).shape)
     return Row(name, type(layer).__name__, shape, sparse and sparse.density, reason)

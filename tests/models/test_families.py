@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lth import conversion, load_sparse, save_sparse
-from sparse_lth.convert import is_linear, matrix
+from sparse_lth.convert import matrix
+from sparse_lth.huggingface import is_conv1d
 from tests.bounds import assert_as_exact_as
 from tests.models.zoo import BLOCKSIZES, CASES, dense_twin, fresh_model, inputs_of, sparse_model
 
@@ -99,7 +100,7 @@ def _parameters(model, gradients=False):
             tensor = parameter.grad if gradients else parameter.detach()
             if name.endswith("weight_values"):
                 name, tensor = f"{owner}.weight", module.shaped_weight(tensor).detach()
-            elif is_linear(module) and name.endswith("weight"):
+            elif is_conv1d(module) and name.endswith("weight"):
                 tensor = matrix(module, tensor)
             found[name] = tensor
     return {name: tensor for name, tensor in found.items() if tensor is not None}

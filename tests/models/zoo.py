@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from sparse_lth import block_l1_unstructured, sparsify_
-from sparse_lth.convert import is_linear
+from sparse_lth.huggingface import is_conv1d
 
 BLOCKSIZES = {"blocks": (8, 4), "unstructured": (1, 1)}  # "blocks" masks half of some blocks
 ATTENTION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -288,7 +288,7 @@ def _prunable(model: nn.Module) -> list[nn.Module]:
     return [
         layer
         for layer in model.modules()
-        if is_linear(layer)
+        if (isinstance(layer, nn.Linear) or is_conv1d(layer))
         and layer not in attention
         and not any(layer.weight is weight for weight in tied)
     ]
