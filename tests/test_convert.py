@@ -1,6 +1,7 @@
 """Conversion keeps what a layer is, and says what became of each."""
 
 import copy
+import functools
 import re
 import warnings
 
@@ -11,7 +12,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from sparse_lth import SparseConv2d, SparseLinear, conversion, convert, sparsify_
+from sparse_lth.kernels import linear_native
 from tests.bounds import assert_close
+
+convert_all = functools.partial(sparsify_, max_density=1.0)  # also where no kernel is faster
 
 
 def halved(layer):
@@ -30,7 +34,7 @@ def reasons(model, **options):
     """What is left and why; a call that converts nothing warns with one of them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="sparsify_ converted no layer")
-        model = sparsify_(model, **options)
+        model = sparsify_(model, **{"max_density": 1.0, **options})
     return {row.name: row.reason for row in conversion(model).rows}
 
 
@@ -66,7 +70,7 @@ def test_hooks_are_called_as_before_and_their_handles_remove_them(kind):
     use(model)
     before = len(calls)
     assert before > 0
-    sparsify_(model)
+    convert_all(model)
     assert isinstance(model[0], SparseLinear)
     use(model)
     assert len(calls) == 2 * before
@@ -78,7 +82,7 @@ def test_hooks_are_called_as_before_and_their_handles_remove_them(kind):
 def test_a_load_hook_gets_the_new_layer():
     model, seen = a_model(), []
     model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
-    sparsify_(model)
+    convert_all(model)
     model.load_state_dict(model.state_dict())
     assert seen == [model[0]]
 
@@ -94,7 +98,7 @@ def test_flags_and_what_somebody_put_on_a_layer_are_kept():
     layer.register_buffer("passing", torch.zeros(2), persistent=False)
     layer.adapter = nn.Linear(2, 2)
     bias, kept = layer.bias, (layer.note, layer.scale, layer.calls, layer.passing, layer.adapter)
-    sparsify_(model)
+    convert_all(model)
     new = model[0]
     assert isinstance(new, SparseLinear)
     assert not new.training
@@ -176,7 +180,6 @@ LEFT = {
     "all zero": (lambda: with_zeros((64, 64)), "all zero without a mask"),
     "nothing pruned": (lambda: nn.Linear(64, 64), "it has no empty 16x16 block"),
     "no numbers": (lambda: nn.Linear(64, 64, device="meta"), "no numbers"),
-    "bfloat16": (lambda: halved(nn.Linear(64, 64)).bfloat16(), "max_density=1.0 converts all"),
 }
 
 
@@ -212,7 +215,7 @@ def test_linear_layers_on_one_parameter_give_one_parameter():
     model[2].weight, model[2].bias = model[0].weight, model[0].bias
     x = torch.randn(2, 64)
     dense = copy.deepcopy(model)
-    sparsify_(model)
+    convert_all(model)
     assert model[0].weight_values is model[2].weight_values
     assert model[0].bias is model[2].bias
     assert len([*model.parameters()]) == 2
@@ -247,7 +250,7 @@ def test_a_layer_tied_to_what_needs_it_dense_is_left():
 def test_one_layer_in_two_places_stays_one():
     layer = halved(nn.Linear(64, 64))
     model = nn.ModuleDict({"a": nn.Sequential(layer), "b": layer})
-    sparsify_(model)
+    convert_all(model)
     assert model["a"][0] is model["b"]
     assert isinstance(model["b"], SparseLinear)
     assert [row.name for row in conversion(model).converted] == ["a.0", "b"]
@@ -286,7 +289,7 @@ def test_what_is_masked_stays_zero_and_what_is_not_may_train(optimizer, blocksiz
     mask = torch.rand(40, 60) < 0.25
     mask[:, :20] = False
     prune.custom_from_mask(dense, "weight", mask)
-    layer = sparsify_(dense, blocksize, max_density=1.0)
+    layer = convert_all(dense, blocksize)
     steps = OPTIMIZERS[optimizer](layer.parameters())
     for _ in range(3):
         layer(torch.randn(8, 60)).square().sum().backward()
@@ -307,7 +310,7 @@ def test_without_a_mask_zeros_inside_a_kept_block_train():
     with torch.no_grad():
         dense.weight[:, 16:] = 0
         dense.weight[0, :8] = 0
-    layer = sparsify_(dense)
+    layer = convert_all(dense)
     assert layer.weight_kept is None
     layer(torch.randn(8, 32)).square().sum().backward()
     torch.optim.SGD(layer.parameters(), lr=0.1).step()
@@ -321,7 +324,7 @@ def test_pruning_again_and_removing_leaves_a_plain_layer():
     handle = dense.register_forward_pre_hook(lambda *a: None)
     x = torch.randn(2, 64)
     expected = dense(x)
-    layer = sparsify_(dense, (64, 1))
+    layer = convert_all(dense, (64, 1))
     torch.testing.assert_close(layer(x), expected)
     assert list(layer._forward_pre_hooks) == [handle.id]
     assert layer.state_dict().keys() == {
@@ -333,7 +336,7 @@ def test_pruning_again_and_removing_leaves_a_plain_layer():
 
 
 def test_a_blocksize_of_one_number_is_a_square():
-    assert sparsify_(a_model(), blocksize=8)[0].blocksize == (8, 8)
+    assert convert_all(a_model(), blocksize=8)[0].blocksize == (8, 8)
 
 
 @pytest.mark.parametrize("blocksize", [0, -1, (16,), (16, 0), "16", 1.5, (1, 2, 3), None])
@@ -341,7 +344,7 @@ def test_other_blocksizes_are_refused_and_the_model_is_untouched(blocksize):
     model = a_model()
     layers = [*model]
     with pytest.raises(ValueError, match="expected a blocksize"):
-        sparsify_(model, blocksize=blocksize)
+        convert_all(model, blocksize)
     assert [*model] == layers
 
 
@@ -359,7 +362,7 @@ def test_max_density_says_which_layers_are_converted():
 
 def test_what_became_of_each_layer_is_one_table():
     model = nn.Sequential(halved(nn.Linear(64, 32)), nn.Linear(64, 64))
-    report = conversion(sparsify_(model))
+    report = conversion(convert_all(model))
     assert report.rows[0] == ("0", "Linear", (32, 64), 0.5, "")
     assert report.left[0].density is None
     assert str(report).splitlines()[:2] == [
@@ -370,6 +373,14 @@ def test_what_became_of_each_layer_is_one_table():
         conversion(nn.Linear(1, 1))
 
 
+def test_a_dtype_without_a_fast_kernel_is_left_unless_asked_for():
+    model = a_model().bfloat16()
+    with pytest.warns(UserWarning, match="no kernel for torch.bfloat16 .* max_density=1.0"):
+        sparsify_(model)
+    assert isinstance(convert_all(model)[0], SparseLinear)
+
+
+@pytest.mark.skipif(linear_native.WHY_NOT is not None, reason="native kernels are not built")
 def test_a_call_that_converts_nothing_says_why_and_which_blocksize_would():
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(2)))
@@ -404,7 +415,7 @@ def test_all_or_nothing(monkeypatch, where):
 
     monkeypatch.setattr(convert, where, fails)
     with pytest.raises(MemoryError):
-        sparsify_(model)
+        convert_all(model)
     assert [*model] == layers
     assert [vars(m) for m in model] == states
     assert torch.equal(model(x), expected)
@@ -415,7 +426,7 @@ def test_all_or_nothing(monkeypatch, where):
 def test_filter_fn_sees_each_layer_and_its_name():
     seen = []
     model = a_model()
-    sparsify_(model, filter_fn=lambda module, name: seen.append((module, name)) or name == "2")
+    convert_all(model, filter_fn=lambda module, name: seen.append((module, name)) or name == "2")
     assert [name for _, name in seen] == ["0", "2"]
     assert isinstance(model[2], SparseLinear)
     assert conversion(model).left[0].reason == "filter_fn says no"
@@ -424,7 +435,7 @@ def test_filter_fn_sees_each_layer_and_its_name():
 def test_conversion_leaves_the_generator_and_the_dtypes_alone():
     model = a_model().double()
     before = torch.get_rng_state()
-    sparsify_(model, max_density=1.0)
+    convert_all(model)
     assert torch.equal(torch.get_rng_state(), before)
     assert model[0].weight_values.dtype == model[0].bias.dtype == torch.float64
 
@@ -439,7 +450,7 @@ def test_a_convolution_carries_the_same():
     handle = layer.register_forward_hook(lambda *a: calls.append(1))
     x = torch.randn(1, 64, 6, 6)
     expected = layer(x)
-    new = sparsify_(layer.eval(), max_density=1.0)
+    new = convert_all(layer.eval())
     assert isinstance(new, SparseConv2d)
     torch.testing.assert_close(new(x), expected)
     assert len(calls) == 2

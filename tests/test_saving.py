@@ -293,6 +293,16 @@ def test_ties_of_the_file_are_ties_of_the_model(tmp_path):
     assert len([*model.parameters()]) == len([*source.parameters()])
 
 
+def test_ties_of_the_model_hold_where_a_file_has_the_numbers_twice(tmp_path):
+    source = nn.Sequential(a_layer(), a_layer())
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    tied = nn.Sequential(nn.Linear(64, 48), nn.Linear(64, 48))
+    tied[1].weight, tied[1].bias = tied[0].weight, tied[0].bias
+    load_sparse(tmp_path, tied)
+    assert tied[0].weight_values is tied[1].weight_values
+    assert tied[0].bias is tied[1].bias
+
+
 def test_a_tied_model_refuses_a_file_of_two_weights(tmp_path):
     source = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     save_sparse(source, tmp_path / "model")

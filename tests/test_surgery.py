@@ -239,7 +239,7 @@ class Twins:
     def step(self, choose):
         for model in (self.reference, self.model):
             model.zero_grad()
-        x = torch.randn(4, SIZES[0], dtype=self.dtype)
+        x = torch.randn(4, SIZES[0], dtype=self.dtype, requires_grad=True)  # as full hooks want it
         for model in (self.reference, self.model):
             if any(p.requires_grad for p in model.parameters()):
                 model(x).square().mean().backward()
