@@ -99,6 +99,7 @@ def _folder(path):
     return path
 
 
+@pytest.mark.slow
 def test_one_shot_prunes_the_dense_network_each_time(tiny, dense, tmp_path):
     chain = Chain("one-shot", 0, (3, 15))
     lines = list(run_chain(PLAN, chain, tiny, _folder(tmp_path)))

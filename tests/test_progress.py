@@ -6,8 +6,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from sparse_lth.lottery import State, search
 from sparse_lth.program.config import RunConfig
+from sparse_lth.program.lottery import Lottery
 from sparse_lth.program.progress import Console, watch
 
 CONFIG = RunConfig(model="lenet-15-5", dataset="digits", epochs=2, bs=100, prune_rounds=1)
@@ -16,10 +16,9 @@ CONFIG = RunConfig(model="lenet-15-5", dataset="digits", epochs=2, bs=100, prune
 def _watch(tiny, folder, states=None):
     """The lines that a run prints."""
     out = io.StringIO()
-    start = State.start(CONFIG)
-    watch(
-        states or search(CONFIG, tiny, start), CONFIG, start, folder, Console(file=out, width=300)
-    )
+    lottery, console = Lottery(CONFIG, tiny), Console(file=out, width=300)
+    start = lottery.start()
+    watch(states or lottery.states(start), CONFIG, start, folder, console)
     return out.getvalue().splitlines()
 
 
@@ -33,7 +32,7 @@ def test_tensorboard_reads_what_is_written(tiny, tmp_path):
 
 
 def test_a_run_that_goes_on_replaces_what_a_killed_one_had_beyond_its_state(tiny, tmp_path):
-    states = search(CONFIG, tiny)
+    states = Lottery(CONFIG, tiny).states()
     _watch(tiny, tmp_path, [next(states), next(states), next(states)])
     _watch(tiny, tmp_path)
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

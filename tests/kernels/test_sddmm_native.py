@@ -17,7 +17,7 @@ def random_pattern(shape, blocksize, density):
     rows, cols = bsr.grid_shape(shape, blocksize)
     keep = torch.rand(rows, cols) < density
     crow = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
-    return Pattern.from_indices(crow.int(), keep.nonzero()[:, 1].int(), cols)
+    return Pattern.from_indices(crow.int(), keep.nonzero()[:, 1].int(), (rows, cols))
 
 
 def check(grad, x, pattern, blocksize):

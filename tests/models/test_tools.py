@@ -156,7 +156,7 @@ def test_double_backward_is_that_of_the_dense_layer(activation, exported):
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors_are_refused_with_a_way_out(layout):
     x = torch.nested.nested_tensor([_x(2, IN), _x(3, IN)], layout=layout)
-    with pytest.raises(ValueError, match=r"got a nested one: give it x.to_padded_tensor"):
+    with pytest.raises(ValueError, match=r"got a nested one: give its x\.values\(\)"):
         _layer()(x)
     assert _layer()(x.to_padded_tensor(0.0)).shape == (2, 3, OUT)
 
