@@ -100,7 +100,7 @@ class RunConfig:
         """Blocks fit a layer, and pruning leaves some and removes some."""
         model = MODELS[self.model].fresh()
         self._expect(
-            "prune_pc", "to prune at least one block of the weights", self.prune_pc > 1e-12
+            "prune_pc", "to prune at least one weight", self.prune_pc > 1e-12
         )
         try:
             masks = self.search(model).masks
