@@ -73,6 +73,19 @@ def test_kernels_import_nothing_of_the_package(imports):
             assert {_group(other) for other in imported} <= {"kernels"}, name
 
 
+def test_the_library_imports_what_it_needs_and_makes_nothing_else_importable():
+    script = (
+        "import sys, sparse_lth; from importlib.util import find_spec; "
+        "print([m for m in ('matplotlib', 'rich', 'sklearn', 'tensorboard', 'torchvision')"
+        " if m in sys.modules], [m for m in ('main', 'tests', 'benchmarks', 'examples')"
+        " if find_spec(f'sparse_lth.{m}')])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["[]", "[]"]
+
+
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
 def test_ruff(command):
     run = subprocess.run(
