@@ -99,9 +99,7 @@ class RunConfig:
     def _check_blocks(self) -> None:
         """Blocks fit a layer, and pruning leaves some and removes some."""
         model = MODELS[self.model].fresh()
-        self._expect(
-            "prune_pc", "to prune at least one weight", self.prune_pc > 1e-12
-        )
+        self._expect("prune_pc", "to prune at least one weight", self.prune_pc > 1e-12)
         try:
             masks = self.search(model).masks
         except ValueError as error:
