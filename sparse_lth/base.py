@@ -203,15 +203,19 @@ class BlockSparse(nn.Module):
         self._set_indices(crow_indices, col_indices, weight_kept)
         return self
 
-    def _hold_dense(self, weight: Tensor, bias: Tensor | None, mask: Tensor, promised: bool):
-        """Takes a copy of the dense (out_features, in_features) weight under the mask.
-
-        promised: whether what the mask prunes inside a kept block is to stay 0 in training
-        """
-        blocks = bsr.from_dense(weight.detach(), mask, self.blocksize)
-        kept = bsr.kept_in_blocks(mask, blocks) if promised else None
-        copied = None if bias is None else bias.detach().clone()
-        self._hold(*blocks, copied, kept)
+    def _hold_dense(self, dense: nn.Module, mask: Tensor | None):
+        """Takes copies of the dense layer's weight and bias, under the mask of `from_dense`."""
+        weight, bias = _current(dense, "weight"), _current(dense, "bias")
+        promised = mask if mask is not None else getattr(dense, "weight_mask", None)
+        mask = weight != 0 if promised is None else promised.to(weight.device, torch.bool)
+        if mask.shape != weight.shape:
+            raise ValueError(
+                f"expected a mask of shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
+            )
+        mask = mask.flatten(1)
+        blocks = bsr.from_dense(weight.detach().flatten(1), mask, self.blocksize)
+        kept = None if promised is None else bsr.kept_in_blocks(mask, blocks)
+        self._hold(*blocks, None if bias is None else bias.detach().clone(), kept)
         self.weight_values.requires_grad_(weight.requires_grad)
         if bias is not None:
             self.bias.requires_grad_(bias.requires_grad)
@@ -427,6 +431,16 @@ def _seen(tensors: tuple, alive: tuple, activation: str) -> tuple | None:
         *(tensors[2], crow.data_ptr(), tensors[2]._version),
         *(tensors[3], col.data_ptr(), tensors[3]._version),
     )
+
+
+def _current(layer: nn.Module, name: str) -> Tensor | None:
+    """The weight or bias that the next forward pass computes with.
+
+    Under `torch.nn.utils.prune` the attribute is as old as the last forward pass.
+    """
+    if hasattr(layer, f"{name}_mask"):
+        return getattr(layer, f"{name}_orig") * getattr(layer, f"{name}_mask")
+    return getattr(layer, name)
 
 
 def as_activation(name: str) -> str:

@@ -9,7 +9,6 @@ from . import base, bsr
 from .base import BlockSparse
 from .kernels import Weights, Window, conv2d, is_traced, max_pooled_conv2d, traced_conv2d
 from .kernels.linear_native import NESTED
-from .layers import current
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -70,16 +69,8 @@ class SparseConv2d(BlockSparse):
         """
         if conv.groups != 1:
             raise ValueError(f"expected a convolution of one group, got groups={conv.groups}")
-        weight, bias = current(conv, "weight"), current(conv, "bias")
-        promised = mask if mask is not None else getattr(conv, "weight_mask", None)
-        mask = weight != 0 if promised is None else promised.to(weight.device, torch.bool)
-        if mask.shape != weight.shape:
-            raise ValueError(
-                f"expected a mask of shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
-            )
         layer = cls.empty(conv, bsr.as_blocksize(blocksize))
-        matrices = weight.flatten(1), bias, mask.flatten(1)
-        return layer._hold_dense(*matrices, promised is not None).train(conv.training)
+        return layer._hold_dense(conv, mask).train(conv.training)
 
     @classmethod
     def empty(cls, conv: nn.Conv2d, blocksize: tuple[int, int]) -> "SparseConv2d":

@@ -45,15 +45,8 @@ class SparseLinear(BlockSparse):
         Without one, the `weight_mask` that `torch.nn.utils.prune` put there; without that, where
         the weight is not zero, and zeros inside a kept block may train.
         """
-        weight, bias = current(linear, "weight"), current(linear, "bias")
-        promised = mask if mask is not None else getattr(linear, "weight_mask", None)
-        mask = weight != 0 if promised is None else promised.to(weight.device, torch.bool)
-        if mask.shape != weight.shape:
-            raise ValueError(
-                f"expected a mask of shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
-            )
-        layer = cls.empty(*weight.shape[::-1], bsr.as_blocksize(blocksize))
-        return layer._hold_dense(weight, bias, mask, promised is not None)
+        layer = cls.empty(*linear.weight.shape[::-1], bsr.as_blocksize(blocksize))
+        return layer._hold_dense(linear, mask)
 
     @classmethod
     def from_bsr(cls, weight, bias: Tensor | None = None) -> "SparseLinear":
@@ -145,13 +138,3 @@ def _from_scipy(weight) -> Tensor:
     return torch.sparse_compressed_tensor(
         *parts, size=weight.shape, layout=layout, check_invariants=True
     )
-
-
-def current(layer: nn.Module, name: str) -> Tensor | None:
-    """The weight or bias that the next forward pass computes with.
-
-    Under `torch.nn.utils.prune` the attribute is as old as the last forward pass.
-    """
-    if hasattr(layer, f"{name}_mask"):
-        return getattr(layer, f"{name}_orig") * getattr(layer, f"{name}_mask")
-    return getattr(layer, name)
