@@ -50,9 +50,8 @@ def _measure(case: gpu.Case) -> dict:
         pairs = ((grad.double(), x.double()), (grad.abs().double(), x.abs().double()))
         exact, magnitude = (sddmm(*pair, layer.pattern, dweight.shape[1:]) for pair in pairs)
         assert_close(dweight, exact, magnitude)
-    R, C = case.blocksize
     flop = 6 * case.batch * weight.count_nonzero().item()
-    return gpu.row(case, gpu.device_times(calls, graph=True), flop, gpu.limit(case, (R, C, R)))
+    return gpu.row(case, gpu.device_times(calls, graph=True), flop, gpu.limit(case))
 
 
 _measure_dense = functools.cache(_measure)

@@ -110,7 +110,7 @@ def triton_why_not(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
+    if torch.version.hip is None and capability < (8, 0):
         return f"expected a GPU of compute capability 8.0 or newer, got {capability}"
     return None
 

@@ -205,6 +205,30 @@ def _grad_input_kernel(
     tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=in_batch & owned[None, :])
 
 
+@triton.jit(do_not_specialize=["numel", "out_features", "in_features"])
+def _to_dense_kernel(
+    values_ptr,
+    row_ptr,
+    col_ptr,
+    weight_ptr,
+    numel,
+    out_features,
+    in_features,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program owns BLOCK kept weights, ordered by block, output and input, and stores them."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    slot, r, c = i // (C * R), i // C % R, i % C
+    stored = i < numel
+    n = tl.load(row_ptr + slot, mask=stored, other=0).to(tl.int64) * R + r
+    inputs = tl.load(col_ptr + slot, mask=stored, other=0).to(tl.int64) * C + c
+    value = tl.load(values_ptr + slot * (C * R) + c * R + r, mask=stored)
+    stored = stored & (n < out_features) & (inputs < in_features)  # not the padding
+    tl.store(weight_ptr + n * in_features + inputs, value, mask=stored)
+
+
 def linear(
     x: Tensor,
     values: Tensor,
@@ -220,7 +244,8 @@ def linear(
     (batch, in_features), (_, C, R), grid = x.shape, values.shape, pattern.grid
     launch = tiles.launch("linear", x.dtype, batch, values.shape, grid, x.device, activation)
     if launch is None:
-        return linear_torch.linear(x, values, pattern, bias, out_features, activation)
+        weight = to_dense(values, pattern, (out_features, in_features))
+        return linear_torch.ACTIVATIONS[activation](F.linear(x, weight, bias))
     y = x.new_empty(batch, out_features)
     if batch == 0:
         return y
@@ -259,7 +284,7 @@ def linear_grad_input(grad: Tensor, values: Tensor, pattern: Pattern, in_feature
     (batch, out_features), (_, C, R), grid = grad.shape, values.shape, pattern.grid
     launch = tiles.launch("grad_input", grad.dtype, batch, values.shape, grid, grad.device)
     if launch is None:
-        return linear_torch.linear_grad_input(grad, values, pattern, in_features)
+        return grad @ to_dense(values, pattern, (out_features, in_features))
     dx = grad.new_empty(batch, in_features)
     if batch == 0:
         return dx
@@ -285,6 +310,25 @@ def linear_grad_input(grad: Tensor, values: Tensor, pattern: Pattern, in_feature
             **launch.constants,
         )
     return dx
+
+
+def to_dense(values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Tensor:
+    """values: (nnz, C, R) -> (out_features, in_features) = shape, zero where no block is kept"""
+    weight, (_, C, R), block = values.new_zeros(shape), values.shape, 1024
+    if values.numel():
+        with torch.cuda.device_of(values):
+            _to_dense_kernel[(triton.cdiv(values.numel(), block),)](
+                values.contiguous(),
+                pattern.row_indices,
+                pattern.col_indices,
+                weight,
+                values.numel(),
+                *shape,
+                C,
+                R,
+                BLOCK=block,
+            )
+    return weight
 
 
 def reduce_parts(parts: Tensor, bias: Tensor | None, y: Tensor, activation: str = "none") -> None:

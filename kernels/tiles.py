@@ -30,23 +30,33 @@ class Device(NamedTuple):
     """What a choice depends on."""
 
     name: str
-    capability: int  # 80 for 8.0
+    capability: int  # of an NVIDIA GPU, 80 for 8.0; else 0
     processors: int
     shared_memory: int  # bytes a program can have
 
 
 class Case(NamedTuple):
-    """What tiles are chosen and tuned by; batch and density are buckets, by their upper ends."""
+    """What tiles are chosen and tuned by."""
 
     op: str  # "linear", "grad_input" or "sddmm"
     dtype: str  # "float16", "bfloat16" or "float32"
     height: int
     width: int
-    batch: int
-    density: float
+    batch: int  # one of BATCHES, the first that is not less
 
     def key(self) -> str:
         return "/".join(str(field) for field in self)
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+
+class Tuned(NamedTuple):
+    """What `python -m benchmarks.tune` measured of a case."""
+
+    tile: Tile
+    crossover: float  # the density above which the dense product was faster
 
 
 class Launch(NamedTuple):
@@ -58,12 +68,11 @@ class Launch(NamedTuple):
 
 
 BATCHES = (1, 16, 64, 512, 1 << 62)
-DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 
 # (kind of op, bytes of a number, batch) -> Tile; `matmul` is linear and grad_input
 TABLE = {
     ("matmul", 2, 1): Tile(1, 16, 512, 4, 1),
-    ("matmul", 2, 16): Tile(16, 16, 128, 4, 4),
+    ("matmul", 2, 16): Tile(16, 32, 128, 4, 4),
     ("matmul", 2, 64): Tile(64, 32, 64, 4, 4),
     ("matmul", 2, 512): Tile(64, 64, 64, 4, 4),
     ("matmul", 2, BATCHES[-1]): Tile(128, 128, 64, 8, 4),
@@ -75,10 +84,13 @@ TABLE = {
     ("sddmm", 2): Tile(64, 128, 128, 8, 4),
     ("sddmm", 4): Tile(16, 128, 128, 8, 3),
 }
-HOPPER = {("matmul", 2, BATCHES[-1]): Tile(256, 128, 64, 8, 4)}  # reads the weight half as often
+# for large batches in 16 bits on sm_90 and sm_100: 256 rows read the weight half as often
+HIGH, LOW = Tile(256, 128, 64, 8, 3), Tile(256, 32, 64, 4, 3)  # blocks from 128 up, up to 32
 
-# Rates that set where a dense product wins: an H200's, in bytes and FLOP per second
-L2, HBM, TENSOR, FP32 = 5.5e12, 4.8e12, 700e12, 50e12
+# What sets where a dense product wins, measured on an H200 (kernels/README.md): bytes and FLOP per
+# second of cuBLAS, of these kernels on tall blocks, and of the gathering of inputs
+HBM, TENSOR, FP32 = 4.8e12, 790e12, 50e12
+GATHER, OF_CUBLAS = 7e12, {2: 0.8, 4: 0.5}
 
 # Rows of more numbers would take offsets within a tile of 256 rows past 32 bits
 LONGEST_ROW = 1 << 23
@@ -102,7 +114,7 @@ def launch(
     inputs = block_cols * C
     if max(inputs, block_rows * R) > LONGEST_ROW or max(inputs * R, batch) >= 1 << 31:
         return None
-    call, found = case(op, dtype, batch, values_shape, grid), device_of(device)
+    call, found = case(op, dtype, batch, values_shape), device_of(device)
     across = block_cols if op == "grad_input" else block_rows
 
     def programs(tile: Tile) -> int:
@@ -111,7 +123,7 @@ def launch(
 
     # the number of tiles of an `sddmm` does not grow with the batch, so a smaller batch has no say
     tile = of_case(call, found) if op == "sddmm" else choose(call, found, programs, activation)
-    if tile is None:
+    if nnz > crossover(call, batch, tile, found) * block_rows * block_cols:
         return None
     parts = 1
     if op == "linear":
@@ -122,19 +134,12 @@ def launch(
     return Launch(programs(tile), parts, constants(tile))
 
 
-def case(
-    op: str,
-    dtype: torch.dtype,
-    batch: int,
-    values_shape: tuple[int, int, int],
-    grid: tuple[int, int],
-) -> Case:
+def case(op: str, dtype: torch.dtype, batch: int, values_shape: tuple[int, int, int]) -> Case:
     """Which line of the table a call falls under; the arguments are those of `launch`."""
-    nnz, C, R = values_shape
+    _, C, R = values_shape
     height, width = (C, R) if op == "grad_input" else (R, C)
-    density = 0.99 * nnz / (grid[0] * grid[1])  # whole blocks round a density up
     name = str(dtype).removeprefix("torch.")
-    return Case(op, name, height, width, bucket(batch, BATCHES), bucket(density, DENSITIES))
+    return Case(op, name, height, width, next(end for end in BATCHES if batch <= end))
 
 
 def constants(tile: Tile) -> dict[str, int]:
@@ -150,73 +155,69 @@ def constants(tile: Tile) -> dict[str, int]:
 
 def choose(
     case: Case, device: Device, programs: Callable[[Tile], int], activation: str = "none"
-) -> Tile | None:
-    """The tile for a case, fitted to the block and the device; None if dense is faster.
+) -> Tile:
+    """The tile for a case, fitted to the block and the device.
 
     programs: how many a tile makes; where they are too few to fill the device, the layer is small
     and takes the tile of a smaller batch.
     """
     tile = of_case(case, device, activation)
     smaller = [batch for batch in (64, 512) if batch < case.batch]
-    while tile and smaller and programs(tile) < device.processors:
-        tile = of_case(case._replace(batch=smaller.pop()), device, activation) or tile
+    while smaller and programs(tile) < device.processors:
+        tile = of_case(case._replace(batch=smaller.pop()), device, activation)
     return tile
 
 
-def of_case(case: Case, device: Device, activation: str = "none") -> Tile | None:
+def of_case(case: Case, device: Device, activation: str = "none") -> Tile:
     """The measured tile of a case if there is one, else that of the table."""
-    tile = tuned(device.name).get(case.key(), "table")
-    if tile == "table":
-        tile = None if dense_pays(case) else _from_table(case, device, activation)
-    return None if tile is None else fit(tile, case, device)
+    measured = tuned(device.name).get(case.key())
+    tile = measured.tile if measured else _from_table(case, device, activation)
+    return fit(tile, case, device)
 
 
 def _from_table(case: Case, device: Device, activation: str) -> Tile:
-    size = 4 if case.dtype == "float32" else 2
     if case.op == "sddmm":
-        return TABLE["sddmm", size]
+        return TABLE["sddmm", case.itemsize]
     # the row of batch 1 is a sum, not a product of tiles; only `linear` has it
     batch = 16 if case.op == "grad_input" and case.batch == 1 else case.batch
-    key = ("matmul", size, batch)
-    tall = case.height >= 128 and 90 <= device.capability < 120  # sm_120 has no wgmma: it spills
+    hopper = 90 <= device.capability < 120  # sm_120 has no wgmma: 256 rows spill there
     roomy = case.width >= 8 and activation != "gelu"  # else its registers spill
-    return HOPPER.get(key, TABLE[key]) if tall and roomy else TABLE[key]
+    fitting = HIGH if case.height >= 128 else LOW if case.height <= 32 else None
+    if fitting and batch == BATCHES[-1] and case.itemsize == 2 and hopper and roomy:
+        return fitting
+    return TABLE["matmul", case.itemsize, batch]
 
 
 def fit(tile: Tile, case: Case, device: Device) -> Tile:
     """`tile` no wider than the block, with as many stages as the shared memory holds.
 
-    On a narrow block 8 warps would leave a thread less than 16 bytes of weights to load.
+    On a low block 8 warps would leave a thread less than 16 bytes of weights to load.
     """
     block_n = min(tile.block_n, max(16, 1 << (case.height - 1).bit_length()))
     if case.op == "sddmm":
         loaded = tile.block_m * (tile.block_k + block_n)
     else:
         loaded = tile.block_k * (tile.block_m + block_n)
-    size = 4 if case.dtype == "float32" else 2
-    stages = max(1, min(tile.stages, device.shared_memory // (loaded * size)))
-    warps = tile.warps if block_n > 32 else min(4, tile.warps)
+    stages = max(1, min(tile.stages, device.shared_memory // (loaded * case.itemsize)))
+    warps = tile.warps if block_n > (32 if case.op == "sddmm" else 64) else min(4, tile.warps)
     return tile._replace(block_n=block_n, warps=warps, stages=stages)
 
 
-def dense_pays(case: Case) -> bool:
-    """Whether a dense product over the unpacked weight should be the faster, by its limits.
+def crossover(case: Case, batch: int, tile: Tile, device: Device) -> float:
+    """The density above which a dense product over the unpacked weight should be the faster.
 
-    Per weight: a kept one costs `batch` reads from L2 of an input, 32 bytes of a row at least,
-    over the height of its block, and of itself, over 256 rows; a dense one its share of cuBLAS,
-    and of writing and reading the weight.
+    As measured if it was, else by a model. A kept weight costs the reading of `batch` inputs, a
+    sector of 32 bytes at least, shared by the outputs of its block that the tile has; or its
+    arithmetic, where that is longer. A dense one costs its share of cuBLAS, and of writing and
+    reading the weight.
     """
-    size = 4 if case.dtype == "float32" else 2
-    batch = min(case.batch, 4096)
-    read = max(32 / case.width, size) / case.height + size / 256
-    gather = batch * case.density * read / L2
+    measured = tuned(device.name).get(case.key())
+    if measured:
+        return measured.crossover
+    size = case.itemsize
     compute = 2 * batch / (FP32 if size == 4 else TENSOR)
-    rate = 2 if size == 4 else 1  # without tensor cores, about half of cuBLAS
-    return max(gather, rate * case.density * compute) > compute + 4 * size / HBM
-
-
-def bucket(amount: float, ends: tuple) -> float:
-    return next((end for end in ends if amount <= end), ends[-1])
+    gather = batch * max(32 / case.width, size) / min(case.height, tile.block_n) / GATHER
+    return (compute + 4 * size / HBM) / max(gather, compute / OF_CUBLAS[size])
 
 
 def splits(programs: int, steps: int, device: Device) -> int:
@@ -230,8 +231,8 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":  # the interpreter
         return Device("interpreter", 80, 108, 166912)
     found = torch.cuda.get_device_properties(device)
-    memory = getattr(found, "shared_memory_per_block_optin", 101376)
-    capability = 10 * found.major + found.minor
+    memory = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+    capability = 0 if torch.version.hip else 10 * found.major + found.minor
     return Device(found.name, capability, found.multi_processor_count, memory)
 
 
@@ -242,12 +243,11 @@ def tuned_path(name: str) -> Path:
 
 
 @functools.cache
-def tuned(name: str) -> dict[str, Tile | None]:
-    """The measured tiles of this GPU by `Case.key`, read once; None where dense was faster."""
+def tuned(name: str) -> dict[str, Tuned]:
+    """What was measured on this GPU, by `Case.key`; read once."""
     path = tuned_path(name)
     try:
-        found = json.loads(path.read_text())
-        return {key: tile and _checked(tile) for key, tile in found.items()}
+        return {key: _checked(*found) for key, found in json.loads(path.read_text()).items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -255,8 +255,8 @@ def tuned(name: str) -> dict[str, Tile | None]:
         return {}
 
 
-def _checked(tile: list[int]) -> Tile:
+def _checked(tile: list[int], crossover: float) -> Tuned:
     sizes = Tile(*tile)
     if not all(math.log2(size).is_integer() for size in sizes[:4]) or not 1 <= sizes.stages <= 8:
         raise ValueError(f"expected four powers of two and 1 to 8 stages, got {tile}")
-    return sizes
+    return Tuned(sizes, float(crossover))

@@ -23,7 +23,14 @@ KERNELS = {
 DEVICES = {
     "sm_80": tiles.Device("A100", 80, 108, 166912),
     "sm_90": tiles.Device("H200", 90, 132, 232448),
+    "sm_100": tiles.Device("B200", 100, 148, 232448),
+    "sm_120": tiles.Device("RTX 5090", 120, 170, 101376),
+    "gfx942": tiles.Device("MI300X", 0, 304, 65536),
+    "gfx1100": tiles.Device("RX 7900", 0, 96, 65536),
 }
+TARGETS = {name: GPUTarget("cuda", device.capability, 32) for name, device in DEVICES.items()}
+TARGETS |= {"gfx942": GPUTarget("hip", "gfx942", 64), "gfx1100": GPUTarget("hip", "gfx1100", 32)}
+MEASURED = ("sm_80", "sm_90")  # every tile; elsewhere those of a few cases
 BLOCKS = {  # height x width; the 16-bit types differ in one letter of an instruction
     "float16": [(16, 16), (64, 16), (128, 64)],
     "bfloat16": [(16, 16), (128, 64)],
@@ -39,7 +46,7 @@ class Compiled:
     odd: the numbers that 16 does not divide; wide: the pointers to fp32
     """
 
-    def __init__(self, fn, dtype, device, constants, options, odd=(), wide=()):
+    def __init__(self, fn, dtype, arch, constants, options, odd=(), wide=()):
         constants = {name: value for name, value in constants.items() if name in fn.arg_names}
         signature, attrs = {}, {}
         for i, name in enumerate(fn.arg_names):
@@ -54,16 +61,17 @@ class Compiled:
             if name not in constants and name not in odd and name not in UNSPECIALIZED:
                 attrs[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn, signature, constexprs=constants, attrs=attrs)
-        target = GPUTarget("cuda", device.capability, 32)
-        kernel = triton.compile(source, target=target, options=options)
+        kernel = triton.compile(source, target=TARGETS[arch], options=options)
         self.shared = kernel.metadata.shared
-        self.ptx = kernel.asm["ptx"]
+        self.assembly = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
 
     def spilled_bytes(self, tmp_path):
         """By an assembler that comes with Triton: newer ones have a second, for newer PTX."""
+        if spills := re.findall(r"\.[sv]gpr_spill_count: +(\d+)", self.assembly):  # AMD's
+            return sum(map(int, spills))
         path = tmp_path / "kernel.ptx"
-        path.write_text(self.ptx)
-        arch = re.search(r"\.target (\w+)", self.ptx)[1]
+        path.write_text(self.assembly)
+        arch = re.search(r"\.target (\w+)", self.assembly)[1]
         nvidia = triton.knobs.nvidia
         for tool in (nvidia.ptxas, getattr(nvidia, "ptxas_blackwell", nvidia.ptxas)):
             command = [tool.path, "-v", f"-arch={arch}", str(path), "-o", str(tmp_path / "cubin")]
@@ -73,23 +81,22 @@ class Compiled:
         raise AssertionError(run.stderr)
 
 
-def _compile(case, device, activation="none", splits=1, ragged=False, odd=()):
+def _compile(case, arch, activation="none", splits=1, ragged=False, odd=()):
     R, C = (case.height, case.width) if case.op != "grad_input" else (case.width, case.height)
-    constants = tiles.constants(tiles.of_case(case, device, activation))
+    constants = tiles.constants(tiles.of_case(case, DEVICES[arch], activation))
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
     constants |= {"C": C, "R": R, "RAGGED": ragged, "PRECISION": "ieee"}
     constants |= {"ACTIVATION": activation, "SPLITS": splits}
     parts = ("y_ptr", "dvalues_ptr") if splits > 1 else ()
-    return Compiled(KERNELS[case.op], case.dtype, device, constants, options, odd, parts)
+    return Compiled(KERNELS[case.op], case.dtype, arch, constants, options, odd, parts)
 
 
 def _case(op, dtype, block, batch):
-    return tiles.Case(op, dtype, *block, batch, 0.1)
+    return tiles.Case(op, dtype, *block, batch)
 
 
 @pytest.fixture(autouse=True)
-def _sparse(monkeypatch):
-    monkeypatch.setattr(tiles, "dense_pays", lambda case: False)
+def _from_the_table(monkeypatch):
     monkeypatch.setattr(tiles, "tuned", lambda name: {})
 
 
@@ -104,13 +111,13 @@ def _cases():
                 yield "grad_input", dtype, block, batch
 
 
-@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("arch", MEASURED)
 @pytest.mark.parametrize(("op", "dtype", "block", "batch"), list(_cases()))
 def test_every_tile(arch, op, dtype, block, batch, tmp_path):
     activation = "gelu" if op == "linear" and batch < 512 else "none"
     case = _case(op, dtype, block, batch)
-    compiled = _compile(case, DEVICES[arch], activation)
-    tile, ptx = tiles.of_case(case, DEVICES[arch], activation), compiled.ptx
+    compiled = _compile(case, arch, activation)
+    tile, ptx = tiles.of_case(case, DEVICES[arch], activation), compiled.assembly
     assert compiled.spilled_bytes(tmp_path) == 0
     assert compiled.shared <= DEVICES[arch].shared_memory
     if dtype == "float32":
@@ -129,23 +136,34 @@ def test_every_tile(arch, op, dtype, block, batch, tmp_path):
         assert "wgmma" in ptx
 
 
-@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("arch", [arch for arch in DEVICES if arch not in MEASURED])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("block", [(16, 16), (128, 64)])
+@pytest.mark.parametrize(("op", "batch"), [(op, tiles.BATCHES[-1]) for op in KERNELS])
+def test_other_gpus(arch, op, dtype, block, batch, tmp_path):
+    compiled = _compile(_case(op, dtype, block, batch), arch)
+    if arch != "gfx1100":  # whose compiler spills with most of these tiles
+        assert compiled.spilled_bytes(tmp_path) == 0
+    assert compiled.shared <= DEVICES[arch].shared_memory
+
+
+@pytest.mark.parametrize("arch", MEASURED)
 @pytest.mark.parametrize("op", ["linear", "sddmm"])
 def test_odd_widths_are_pipelined_as_even_ones(arch, op):
-    case, device = _case(op, "float16", (128, 16), tiles.BATCHES[-1]), DEVICES[arch]
+    case = _case(op, "float16", (128, 16), tiles.BATCHES[-1])
     widths = ("in_features", "out_features", "numel")
-    odd = _compile(case, device, ragged=True, odd=widths)
-    assert odd.shared == _compile(case, device).shared
-    assert not re.search(SHORT_COPY, odd.ptx)
+    odd = _compile(case, arch, ragged=True, odd=widths)
+    assert odd.shared == _compile(case, arch).shared
+    assert not re.search(SHORT_COPY, odd.assembly)
 
 
 @pytest.mark.parametrize("arch", DEVICES)
 @pytest.mark.parametrize("op", ["linear", "sddmm"])
 def test_sums_in_parts(arch, op, tmp_path):
     case = _case(op, "float16", (64, 16), 512)
-    assert _compile(case, DEVICES[arch], splits=4).spilled_bytes(tmp_path) == 0
+    assert _compile(case, arch, splits=4).spilled_bytes(tmp_path) == 0
     constants = {"ACTIVATION": "gelu", "SPLITS": 4, "BLOCK": 1024}
     reduce = linear_triton._reduce_kernel
     options, parts = {"enable_fp_fusion": True}, ("parts_ptr",)
-    compiled = Compiled(reduce, "float16", DEVICES[arch], constants, options, wide=parts)
+    compiled = Compiled(reduce, "float16", arch, constants, options, wide=parts)
     assert compiled.spilled_bytes(tmp_path) == 0

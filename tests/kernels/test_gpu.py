@@ -29,11 +29,10 @@ def _step(layer, x, grad):
     return y.detach(), *torch.autograd.grad(y, (x, layer.weight_values, layer.bias), grad)
 
 
-@pytest.fixture(params=["table", "sparse"])
+@pytest.fixture(params=[0.0, 1.0], ids=["dense product", "sparse kernels"])
 def choice(request, monkeypatch):
-    """As the table has it, and with the sparse kernels where it would take the dense product."""
-    if request.param == "sparse":
-        monkeypatch.setattr(tiles, "dense_pays", lambda case: False)
+    """Always the one, always the other."""
+    monkeypatch.setattr(tiles, "crossover", lambda *case: request.param)
     tiles.launch.cache_clear()
     yield
     tiles.launch.cache_clear()

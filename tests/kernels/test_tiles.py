@@ -11,7 +11,7 @@ LARGE_BATCH = tiles.BATCHES[-1]
 
 
 def _case(**changes):
-    case = tiles.Case("linear", "bfloat16", 128, 16, LARGE_BATCH, 0.1)
+    case = tiles.Case("linear", "bfloat16", 128, 16, LARGE_BATCH)
     return case._replace(**changes)
 
 
@@ -37,7 +37,7 @@ def _write(text):
 @pytest.mark.parametrize("height", [1, 16, 48, 128, 500])
 @pytest.mark.parametrize("device", [H200, SMALL])
 def test_every_case_has_a_tile_that_fits(op, dtype, batch, height, device):
-    case = _case(op=op, dtype=dtype, batch=batch, height=height, density=0.0)
+    case = _case(op=op, dtype=dtype, batch=batch, height=height)
     tile = tiles.of_case(case, device)
     size = 4 if dtype == "float32" else 2
     rows, cols = tile.block_m, tile.block_k
@@ -47,23 +47,51 @@ def test_every_case_has_a_tile_that_fits(op, dtype, batch, height, device):
         assert tile.stages * cols * (rows + tile.block_n) * size <= device.shared_memory
 
 
-def test_dense_takes_over_at_high_density_low_blocks_and_large_batches():
-    assert not tiles.dense_pays(_case())
-    assert not tiles.dense_pays(_case(density=0.5))
-    assert tiles.dense_pays(_case(density=1.0))
-    assert tiles.dense_pays(_case(height=16, density=0.3))
-    assert tiles.dense_pays(_case(height=1, width=1))
-    assert not tiles.dense_pays(_case(height=1, width=1, batch=1))
+@pytest.mark.parametrize(
+    ("height", "width", "dtype", "batch", "crossover"),
+    [
+        (16, 16, "bfloat16", 4096, 0.16),
+        (32, 32, "bfloat16", 4096, 0.32),
+        (64, 64, "bfloat16", 4096, 0.64),
+        (64, 16, "bfloat16", 4096, 0.64),
+        (128, 16, "bfloat16", 4096, 0.93),
+        (128, 64, "float16", 4096, 0.93),
+        (16, 1, "bfloat16", 4096, 0.010),  # a sector of 32 bytes for 2
+        (1, 1, "bfloat16", 4096, 0.00064),
+        (16, 16, "bfloat16", 1 << 20, 0.14),  # the weight is unpacked once for all rows
+        (16, 16, "bfloat16", 256, 0.50),
+        (16, 16, "float32", 4096, 0.52),
+        (128, 64, "float32", 4096, 0.52),  # no tensor cores: cuBLAS takes half the time
+    ],
+)
+def test_density_above_which_dense_takes_over(height, width, dtype, batch, crossover):
+    case = tiles.case("linear", getattr(torch, dtype), batch, (1, width, height))
+    found = tiles.crossover(case, batch, tiles.of_case(case, H200), H200)
+    assert found == pytest.approx(crossover, rel=0.05)
+
+
+@pytest.mark.parametrize("op", ["linear", "grad_input"])
+def test_a_layer_is_dense_from_its_own_crossover_on(op, monkeypatch):
+    """At its own density and its own batch, not at the ends of their buckets."""
+    asked = []
+    monkeypatch.setattr(tiles, "crossover", lambda case, batch, *_: asked.append(batch) or 0.31)
+    args = op, torch.bfloat16, 700
+    grid, device = (10, 10), torch.device("cpu")
+    assert tiles.launch(*args, (31, 16, 16), grid, device)
+    assert tiles.launch(*args, (32, 16, 16), grid, device) is None
+    assert asked == [700, 700]
 
 
 def test_what_was_measured_comes_before_the_table():
-    _write(json.dumps({_case().key(): [64, 64, 32, 4, 2], _case(density=0.2).key(): None}))
+    _write(json.dumps({_case().key(): [[64, 64, 32, 4, 2], 0.42]}))
     assert tiles.of_case(_case(), H200) == (64, 64, 32, 4, 2)
-    assert tiles.of_case(_case(density=0.2), H200) is None
-    assert tiles.of_case(_case(density=0.05), H200) == tiles.HOPPER["matmul", 2, LARGE_BATCH]
+    assert tiles.crossover(_case(), 4096, tiles.of_case(_case(), H200), H200) == 0.42
+    assert tiles.of_case(_case(width=64), H200) == tiles.HIGH
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": [1]}', '{"a": [3, 16, 16, 4, 2]}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"a": [1]}', '{"a": null}', '{"a": [[3, 16, 16, 4, 2], 0.5]}']
+)
 def test_a_broken_file_of_tiles_is_left_aside(text):
     _write(text)
     with pytest.warns(UserWarning, match="not a table of tiles"):
@@ -77,7 +105,7 @@ def test_splits(programs, steps, parts):
 
 def test_a_small_layer_takes_a_smaller_tile():
     many, few = (tiles.choose(_case(), H200, lambda tile, n=n: n) for n in (1000, 1))
-    assert many == tiles.HOPPER["matmul", 2, LARGE_BATCH]
+    assert many == tiles.HIGH
     assert few == tiles.fit(tiles.TABLE["matmul", 2, 64], _case(), H200)
 
 

@@ -185,12 +185,10 @@ def test_rows_further_apart_than_a_tile_can_address():
     _check(_layer((64, 48), (16, 16), 0.5), far, torch.randn(2, 64))
 
 
-def test_dense_takes_over_where_it_is_faster(monkeypatch):
-    monkeypatch.undo()  # of the fixture that forbids it
-    tiles.launch.cache_clear()
-    called = []
-    monkeypatch.setattr(linear_torch, "linear", lambda *args: called.append(args))
-    layer = _layer((64, 64), (1, 1), 0.9)
-    x, _ = _batch(layer, 600)
-    linear_triton.linear(x, layer.weight_values, layer.pattern, layer.bias, 64)
-    assert called
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 16), (48, 5)])
+@pytest.mark.parametrize("density", DENSITIES)
+def test_the_dense_product_over_the_unpacked_weight(size, blocksize, density, monkeypatch):
+    monkeypatch.setattr(tiles, "crossover", lambda *case: 0.0)
+    layer = _layer(size, blocksize, density)
+    _check(layer, *_batch(layer, 5))
