@@ -31,12 +31,14 @@ def _measure(case: gpu.Case) -> dict:
     touched = case.density * weight.numel() + 2 * case.batch * sum(case.shape)
     calls = []
     for _ in range(gpu.copies(touched * weight.itemsize)):
-        x, grad = (torch.randn(case.batch, n).to(weight) for n in case.shape[::-1])
+        x, grad = (
+            torch.randn(case.batch, n, device="cuda", dtype=weight.dtype) for n in case.shape[::-1]
+        )
         if case.backend == "dense":
             leaf = weight.clone().requires_grad_(True)
             layer = functools.partial(F.linear, weight=leaf)
         else:
-            layer = gpu.ours(weight, case.blocksize).requires_grad_(True)
+            layer = gpu.ours(weight, case.blocksize)[0].requires_grad_(True)
             leaf = layer.weight_values
         calls.append(functools.partial(_step, layer, leaf, x.requires_grad_(True), grad))
     layer, _, x, grad = calls[0].args

@@ -1,5 +1,6 @@
 """The rows of the GPU benchmarks: their cases and contenders, how they are timed and checked."""
 
+import copy
 import functools
 import itertools
 import statistics
@@ -66,37 +67,38 @@ def weight_of(shape, dtype: str, blocksize, density: float, two_of_four: bool = 
     return weight * mask[: shape[0], : shape[1]]
 
 
-def ours(weight: Tensor, blocksize) -> SparseLinear:
+def ours(weight: Tensor, blocksize, count: int = 1) -> list[SparseLinear]:
     dense = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)
-    return SparseLinear.from_dense(dense, blocksize=blocksize).requires_grad_(False)
+    layer = SparseLinear.from_dense(dense, blocksize=blocksize).requires_grad_(False)
+    return [copy.deepcopy(layer) for _ in range(count)]
 
 
-def _bsr_dense_addmm(weight: Tensor, blocksize) -> Callable:
+def _bsr_dense_addmm(weight: Tensor, blocksize, count: int) -> list[Callable]:
     from torch.sparse import _triton_ops
 
-    sparse = weight.to_sparse_bsr(blocksize)
-    return lambda x: _triton_ops.bsr_dense_addmm(
-        x.new_zeros(len(weight), len(x)), sparse, x.t(), beta=0
-    ).t()
+    def product(sparse: Tensor, x: Tensor) -> Tensor:
+        start = x.new_zeros(len(weight), len(x))
+        return _triton_ops.bsr_dense_addmm(start, sparse, x.t(), beta=0).t()
+
+    return [functools.partial(product, weight.to_sparse_bsr(blocksize)) for _ in range(count)]
 
 
-def _csr(weight: Tensor, blocksize) -> Callable:
-    sparse = weight.to_sparse_csr()
-    return lambda x: (sparse @ x.t()).t()
+def _csr(weight: Tensor, blocksize, count: int) -> list[Callable]:
+    copies = [weight.to_sparse_csr() for _ in range(count)]
+    return [lambda x, sparse=sparse: (sparse @ x.t()).t() for sparse in copies]
 
 
-def _two_of_four(weight: Tensor, blocksize) -> Callable:
-    sparse = torch.sparse.to_sparse_semi_structured(weight)
-    return lambda x: F.linear(x, sparse)
+def _two_of_four(weight: Tensor, blocksize, count: int) -> list[Callable]:
+    copies = [torch.sparse.to_sparse_semi_structured(weight) for _ in range(count)]
+    return [functools.partial(F.linear, weight=sparse) for sparse in copies]
 
 
-def _dense(weight: Tensor, blocksize) -> Callable:
-    copy = weight.clone()
-    return lambda x: F.linear(x, copy)
+def _dense(weight: Tensor, blocksize, count: int) -> list[Callable]:
+    return [functools.partial(F.linear, weight=weight.clone()) for _ in range(count)]
 
 
-CONTENDERS = {  # make a (batch, in) -> (batch, out) function with memory of its own
+CONTENDERS = {  # make (batch, in) -> (batch, out) functions, each with memory of its own
     "dense": _dense,
     "sparse_lth": ours,
     "bsr_dense_addmm": _bsr_dense_addmm,
@@ -124,7 +126,7 @@ def forward(case: Case) -> dict:
     ]
     with torch.inference_mode():
         try:
-            layers = [CONTENDERS[case.backend](weight, case.blocksize) for _ in xs]
+            layers = CONTENDERS[case.backend](weight, case.blocksize, len(xs))
             y = layers[0](xs[0])
         except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
             if case.backend not in PEERS:
