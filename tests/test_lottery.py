@@ -11,7 +11,7 @@ from sparse_lth.files import FormatError, load_tensors, save_tensors
 from sparse_lth.kernels import backends, use_backend
 from sparse_lth.program.config import RunConfig
 from sparse_lth.program.data import Split, batches
-from sparse_lth.program.lottery import Lottery, State, begin_round, search_from, trains_sparse
+from sparse_lth.program.lottery import Lottery, State, search_from, trains_sparse
 from sparse_lth.program.models import MODELS, Model
 from sparse_lth.program.tickets import dense_network, load_ticket, make_ticket
 from sparse_lth.program.training import TrainingError, make_step
@@ -41,11 +41,11 @@ def _first_round(config, data):
     return lottery.train(start.model(), start)
 
 
-def _next_round(config, state):
+def _next_round(data, config, state):
     """What follows the round that this state ends."""
     search = search_from(config, state, trained=True)
     next(iter(search))
-    return begin_round(state, search)
+    return Lottery(config, data).begin_round(state, search)
 
 
 def _start(config):
@@ -144,7 +144,7 @@ def test_late_rewinding_goes_back_to_the_weights_of_step_k_bit_for_bit(tiny):
     config = replace(CONFIG, bs=60, rewind_step="1ep")  # four steps
     at_k = _last(_first_round(replace(config, iterations=4), tiny))
     expected = {name: w.clone() for name, w in at_k.weights.items()}
-    rewound = _next_round(config, _last(_first_round(config, tiny)))
+    rewound = _next_round(tiny, config, _last(_first_round(config, tiny)))
     assert not torch.equal(rewound.weights["fc1.bias"], torch.zeros(300))
     for name, value in expected.items():
         layer, _, kind = name.rpartition(".")
@@ -196,7 +196,7 @@ def test_a_graphed_step_is_the_eager_step(tiny):
 def test_pruning_rewinds_every_survivor_and_every_bias(tiny):
     *_, trained = (s for s in search(CONFIG, tiny) if s.round == 0)
     assert any(not torch.equal(trained.weights[n], trained.init[n]) for n in trained.init)
-    state = _next_round(CONFIG, trained)
+    state = _next_round(tiny, CONFIG, trained)
     weights = read(state.model())
     for name, value in _start(CONFIG).items():
         layer, _, kind = name.rpartition(".")
@@ -293,7 +293,7 @@ def test_a_model_is_one_entry_and_its_buffers_are_rewound_and_resumed(tiny, tmp_
     assert int(states[1].weights["norm.num_batches_tracked"]) == 8
     assert int(states[2].weights["norm.num_batches_tracked"]) == 4  # counted anew in round 1
     assert not torch.equal(states[1].weights["norm.running_mean"], start["norm.running_mean"])
-    rewound = _next_round(config, states[1])
+    rewound = _next_round(tiny, config, states[1])
     for name in ("norm.weight", "norm.running_mean", "norm.running_var"):
         assert torch.equal(rewound.weights[name], start[name])
     assert _same(_last(search(config, tiny, State.load(tmp_path / "state"))), states[-1])

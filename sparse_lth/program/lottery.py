@@ -49,8 +49,8 @@ class State:
 
     settings: dict  # of the run, as a ticket has them
     round: int  # 0 is the dense network
-    epoch: int  # whole epochs finished in this round
-    step: int  # optimizer steps finished in this round
+    epoch: int  # whole epochs finished
+    step: int  # optimizer steps finished; late rewinding begins a round at step k
     init: Tensors  # what survivors are rewound to, by name: θ₀, or θ_k once it is known
     masks: Masks
     weights: Tensors  # parameters and buffers by name, pruned ones exactly 0
@@ -119,6 +119,14 @@ class Lottery:
 
     def __init__(self, config: RunConfig, data: Dataset):
         self.config, self.data, self.kind = config, data, MODELS[config.model]
+        self.per_epoch = math.ceil(len(data.train.labels) / config.bs)
+        self.steps = config.iterations or config.epochs * self.per_epoch  # of a round, from θ₀ on
+        self.rewind_step = steps(config.rewind_step, self.per_epoch)
+        if self.rewind_step >= self.steps:
+            raise TrainingError(
+                f"expected a --rewind_step before the end of a round, {self.steps} steps, "
+                f"got {config.rewind_step}, which is step {self.rewind_step}"
+            )
 
     def start(self) -> State:
         """A search that has not begun: θ₀ drawn from the seed, nothing pruned."""
@@ -137,7 +145,7 @@ class Lottery:
         search = search_from(self.config, state)
         for round in search:
             if round > state.round:
-                state = begin_round(state, search)
+                state = self.begin_round(state, search)
                 if self.config.reinit:
                     state = redraw(state)
                     write_(search.model, state.weights, state.masks)
@@ -145,28 +153,34 @@ class Lottery:
                 yield state
             search.init = state.init
 
+    def begin_round(self, state: State, search: Search) -> State:
+        """The state of the round that the search has just pruned and rewound for."""
+        return replace(
+            state,
+            round=search.round,
+            epoch=self.rewind_step // self.per_epoch,
+            step=self.rewind_step,
+            masks=search.masks,
+            weights=snapshot(search.model),
+            sparse=(),
+            optimizer={},
+        )
+
     def train(self, model: nn.Module, state: State) -> Iterator[State]:
         """The steps that the round still lacks; yields the state after every evaluation.
 
         model: holds the weights and masks of the state, and in the end those of the last state.
         Evaluations come after every epoch or `config.every` steps, and at the end.
         """
-        config, data = self.config, self.data
-        per_epoch = math.ceil(len(data.train.labels) / config.bs)
-        total = config.iterations or config.epochs * per_epoch
-        rewind_step = steps(config.rewind_step, per_epoch) if state.round == 0 else 0
-        if rewind_step > total:
-            raise TrainingError(
-                f"expected a --rewind_step within the {total} steps of a round, "
-                f"got {config.rewind_step}, which is step {rewind_step}"
-            )
-        lost = 0 < state.step < total and not state.optimizer
-        if lost or state.step > total or state.epoch != state.step // per_epoch:
+        config, data, per_epoch, total = self.config, self.data, self.per_epoch, self.steps
+        first = self.rewind_step if state.round else 0
+        fits = first <= state.step <= total and state.epoch == state.step // per_epoch
+        if not fits or (first < state.step < total and not state.optimizer):
             raise FormatError(
-                f"expected a state within the {total} steps of a round, {per_epoch} an epoch, and "
-                f"its optimizer, got step {state.step} of epoch {state.epoch}"
+                f"expected a state within steps {first} to {total} of a round, {per_epoch} an "
+                f"epoch, and its optimizer, got step {state.step} of epoch {state.epoch}"
             )
-        if state.step == 0:  # a round goes on as it began, whatever this machine would choose
+        if state.step == first:  # a round goes on as it began, whatever this machine would choose
             sparse = [name for name, mask in state.masks.items() if trains_sparse(config, mask)]
             state = replace(state, sparse=tuple(sparse))
         network = _network(model, config.blocksize, state.sparse).to(config.device).train()
@@ -185,7 +199,7 @@ class Lottery:
             epoch_start = generator.get_state()
             for chosen in batches(data.train, config.bs, generator)[step % per_epoch :]:
                 losses, step = losses + take_step(chosen), step + 1
-                if step == rewind_step:
+                if state.round == 0 and step == self.rewind_step:
                     state = replace(state, init=snapshot(network))
                 if step % (config.every or per_epoch) and step != total:
                     continue
@@ -264,20 +278,6 @@ def search_from(
     search = config.search(MODELS[config.model].fresh(), **settings)
     search.restore(state.round, trained, state.init, state.masks, state.weights)
     return search
-
-
-def begin_round(state: State, search: Search) -> State:
-    """The state of the round that the search has just pruned and rewound for."""
-    return replace(
-        state,
-        round=search.round,
-        epoch=0,
-        step=0,
-        masks=search.masks,
-        weights=snapshot(search.model),
-        sparse=(),
-        optimizer={},
-    )
 
 
 def redraw(state: State) -> State:
