@@ -76,11 +76,11 @@ def test_same_seed_same_ticket_other_seed_another(tiny):
     assert not _same(_last(search(CONFIG, tiny)), _last(search(replace(CONFIG, seed=1), tiny)))
 
 
-# each is evaluated six times: after epochs, and in the midst of them, before and after step k
+# evaluated six times or more: after epochs, and in the midst of them, before and after step k
 RESUMED = {
     "epochs": CONFIG,
     "late": replace(CONFIG, rewind_step="3it"),
-    "steps": replace(CONFIG, rewind_step="4it", iterations=6, every=3, bs=60),
+    "steps": replace(CONFIG, rewind_step="3it", iterations=6, every=2, bs=60),
     "reinit": replace(CONFIG, reinit=True),
     "sparse": replace(CONFIG, train_sparse="on", blocksize=(8, 3)),
     "masks": replace(CONFIG, train_sparse="off"),
@@ -94,9 +94,9 @@ def test_a_search_resumed_anywhere_ends_as_if_never_stopped(tiny, tmp_path, conf
         state.save(tmp_path / "state")
     saved = State.load(tmp_path / "state")
     assert _same(saved, state)
-    resumed = list(search(config, tiny, saved))
-    assert len(resumed) == 6 - stop
-    assert _same(resumed[-1] if resumed else saved, _last(search(config, tiny)))
+    resumed, whole = list(search(config, tiny, saved)), list(search(config, tiny))
+    assert len(resumed) == len(whole) - stop
+    assert _same(resumed[-1] if resumed else saved, whole[-1])
 
 
 @pytest.mark.parametrize("blocksize", [(1, 1), (16, 16), (8, 3)])
@@ -142,7 +142,7 @@ def test_steps_are_the_same_however_often_they_are_evaluated(tiny):
 
 def test_late_rewinding_goes_back_to_the_weights_of_step_k_bit_for_bit(tiny):
     config = replace(CONFIG, bs=60, rewind_step="1ep")  # four steps
-    at_k = _last(_first_round(replace(config, iterations=4), tiny))
+    at_k = _last(_first_round(replace(config, rewind_step="0it", iterations=4), tiny))
     expected = {name: w.clone() for name, w in at_k.weights.items()}
     rewound = _next_round(tiny, config, _last(_first_round(config, tiny)))
     assert not torch.equal(rewound.weights["fc1.bias"], torch.zeros(300))
@@ -153,9 +153,23 @@ def test_late_rewinding_goes_back_to_the_weights_of_step_k_bit_for_bit(tiny):
         assert torch.equal(rewound.init[name], value)
 
 
-def test_a_rewind_step_beyond_the_round_is_refused(tiny):
-    with pytest.raises(TrainingError, match="within the 8 steps of a round, got 9it"):
-        list(search(replace(CONFIG, rewind_step="9it"), tiny))
+def test_late_rewinding_trains_from_step_k_to_the_end(tiny):
+    """As many steps as are left of the dense network's (arXiv 1912.05671), and the same batches."""
+    config = replace(CONFIG, bs=60, rewind_step="6it", epochs=3)  # four batches an epoch
+    steps = [(s.round, s.epoch, s.step) for s in search(config, tiny)]
+    assert steps == [(0, 1, 4), (0, 2, 8), (0, 3, 12), (1, 2, 8), (1, 3, 12), (2, 2, 8), (2, 3, 12)]
+    rewound = _next_round(tiny, config, _last(_first_round(config, tiny)))
+    assert (rewound.epoch, rewound.step) == (1, 6)
+    states = [*Lottery(replace(config, every=1), tiny).train(rewound.model(), rewound)]
+    assert [state.step for state in states] == [7, 8, 9, 10, 11, 12]
+    assert float(states[-1].optimizer["fc1.bias.step"]) == 6
+
+
+@pytest.mark.parametrize("k", [8, 9])
+def test_a_rewind_step_that_leaves_nothing_to_train_is_refused(tiny, k):
+    message = f"before the end of a round, 8 steps, got {k}it, which is step {k}"
+    with pytest.raises(TrainingError, match=message):
+        list(search(replace(CONFIG, rewind_step=f"{k}it"), tiny))
 
 
 def test_reinit_starts_every_round_from_other_weights(tiny):
@@ -365,5 +379,5 @@ def test_a_wrong_state_is_refused_by_name(saved, tmp_path, message):
 def test_a_state_that_does_not_fit_its_data_is_refused(saved, tiny, change):
     state = replace(State.load(saved), **change)
     config = replace(CONFIG, train_sparse="on")
-    with pytest.raises(FormatError, match="a state within the 8 steps of a round, 4 an epoch"):
+    with pytest.raises(FormatError, match="a state within steps 0 to 8 of a round, 4 an"):
         next(search(config, tiny, state))

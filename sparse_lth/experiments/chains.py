@@ -274,7 +274,9 @@ def run_chain(
             search.init = own.state.init
             if is_measured(chain):
                 ticket = make_ticket(own.state)
-                network = sparse_network(ticket, chain.blocksize) if level else dense_network(ticket)
+                network = (
+                    sparse_network(ticket, chain.blocksize) if level else dense_network(ticket)
+                )
                 save_sparse(network, network_path(folder, chain, level), chain.model)
             if not (method.one_shot and level):
                 state = own.state

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def paper(flags: argparse.Namespace) -> None:
-    """Trains what the results folder lacks, then measures and draws."""
+    """Trains what the results folder lacks, then measures and draws; on a GPU it only trains."""
     folder = flags.results.resolve()  # workers elsewhere have working folders of their own
     data_dir = str(Path(flags.data_dir).expanduser().resolve())
     plan = (Plan.full if flags.full else Plan)(device=flags.device, data_dir=data_dir)
@@ -67,18 +67,21 @@ def paper(flags: argparse.Namespace) -> None:
         print("no TensorBoard curves: pip install tensorboard to have them")
     chains = grid(plan, flags.replicates, flags.methods)
     print(f"{len(chains)} chains of {plan.iterations} iterations a round in {folder}", flush=True)
-    if plan.device == "cuda":
-        run_stacked(plan, chains, folder)
-    elif flags.ray:
-        run_ray(plan, chains, folder, flags.workers, flags.ray)
-    else:
-        run_pool(plan, chains, folder, flags.workers)
-    results.write(collect(grid(plan, flags.replicates), folder), folder / "results.csv")
-    if plan.device == "cpu":
-        measure(folder)
-    draw(folder)
+    try:
+        if plan.device == "cuda":
+            run_stacked(plan, chains, folder)
+        elif flags.ray:
+            run_ray(plan, chains, folder, flags.workers, flags.ray)
+        else:
+            run_pool(plan, chains, folder, flags.workers)
+    finally:  # of a run that is broken off, too
+        if rows := collect(grid(plan, flags.replicates), folder):
+            results.write(rows, folder / "results.csv")
     if plan.device == "cuda":
         print(f"to time the networks on a CPU: python -m sparse_lth.experiments measure {folder}")
+    else:
+        measure(folder)
+        draw(folder)
 
 
 def remember(plan: Plan, path: Path) -> None:

@@ -5,6 +5,7 @@ a few times as long as one. Each network sees the batches, and takes the steps, 
 """
 
 import math
+import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -37,7 +38,10 @@ def run_stacked(plan: Plan, chains: Sequence[Chain], folder: Path) -> None:
             wanted = pool.map(_ask, rounds, answers)
             going = [(chain, jobs) for chain, jobs in zip(rounds, wanted, strict=True) if jobs]
             every_job = [job for _, jobs in going for job in jobs]
+            began = time.perf_counter()
             trained = iter(train_stack(every_job, data, plan.test_every) if going else ())
+            seconds = time.perf_counter() - began
+            print(f"{len(every_job)} networks in {seconds:.1f} s", flush=True)
             answers = [[next(trained) for _ in jobs] for _, jobs in going]
             rounds = [chain for chain, _ in going]
             for (_, jobs), results in zip(going, answers, strict=True):
