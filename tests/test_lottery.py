@@ -172,10 +172,33 @@ def test_a_rewind_step_that_leaves_nothing_to_train_is_refused(tiny, k):
         list(search(replace(CONFIG, rewind_step=f"{k}it"), tiny))
 
 
-def test_reinit_starts_every_round_from_other_weights(tiny):
-    starts = [s.init["fc1.weight"] for s in search(replace(CONFIG, reinit=True), tiny)][1::2]
-    assert not torch.equal(starts[0], starts[1])
-    assert not torch.equal(starts[1], starts[2])
+def test_reinit_trains_the_masks_of_each_ticket_over_other_weights(tiny):
+    """The paper's control, beside a ticket that is the same without it."""
+    states = []
+    for state in search(replace(CONFIG, reinit=True), tiny):
+        states.append(replace(state, weights={n: w.clone() for n, w in state.weights.items()}))
+    controls = [state for state in states if "control" in state.history[-1]]
+    tickets = [state for state in states if "control" not in state.history[-1]]
+    assert [(s.round, s.epoch) for s in controls] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert [(s.round, s.epoch) for s in tickets] == [(n, e) for n in range(3) for e in (1, 2)]
+    for alone, beside in zip(search(CONFIG, tiny), tickets, strict=True):
+        assert all(torch.equal(beside.weights[name], w) for name, w in alone.weights.items())
+        assert alone.history[-1] == beside.history[-1]
+    for control, ticket in zip(controls, tickets[2:], strict=True):
+        for name, mask in ticket.masks.items():
+            assert torch.equal(control.masks[name], mask)
+            weights = control.weights[f"{name}.weight"]
+            assert not weights[~mask].any()
+            assert not torch.equal(weights, ticket.weights[f"{name}.weight"])
+    # four steps move a weight by 4 * lr at most; drawn anew they are 0.05 apart on average
+    kept, start = tickets[-1].masks["fc1"], _start(CONFIG)["fc1.weight"]
+    first, second = (controls[n].weights["fc1.weight"] for n in (0, 2))
+    for a, b in ((first, second), (first, start), (second, start)):
+        assert (a - b)[kept].abs().mean() > 10 * 4 * CONFIG.lr
+    assert (tickets[2].weights["fc1.weight"] - start)[kept].abs().max() <= 4.1 * CONFIG.lr
+    record = make_ticket(states[-1]).rounds[1]
+    assert record["reinit_test_accuracy"] == controls[1].history[-1]["test_accuracy"]
+    assert record["test_accuracy"] == tickets[3].history[-1]["test_accuracy"]
 
 
 def test_one_shot_reaches_the_density_of_all_rounds_in_one(tiny):

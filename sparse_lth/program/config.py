@@ -38,8 +38,8 @@ class RunConfig:
 
     A round lasts `iterations` steps, or `epochs` where that is None, and is evaluated after every
     `every` steps, or every epoch. rewind_step, as in 500it or 1ep, is the k of the θ_k that round 0
-    passes, and survivors are rewound to: later rounds train from step k on; reinit draws new
-    weights instead; one_shot prunes in one
+    passes, and survivors are rewound to: later rounds train from step k on. reinit trains in each
+    round the control beside the ticket, its masks over weights drawn anew; one_shot prunes in one
     round what prune_rounds rounds would. train_sparse says whether pruned linear layers train as
     block-sparse layers instead of under masks: the same gradients to rounding, in less time.
     """
