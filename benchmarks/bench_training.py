@@ -5,7 +5,7 @@ import torch
 
 from sparse_lth.program.config import RunConfig
 from sparse_lth.program.data import Dataset, Split, batches
-from sparse_lth.program.lottery import Lottery, begin_round, search_from
+from sparse_lth.program.lottery import Lottery, search_from
 from sparse_lth.program.models import MODELS
 from sparse_lth.program.training import make_step
 
@@ -64,7 +64,7 @@ def test_epoch(benchmark, tabulate, density, blocksize, train_sparse):
     if density < 1:
         search = search_from(config, state, trained=True)
         next(iter(search))
-        state = begin_round(state, search)
+        state = lottery.begin_round(state, search)
     epochs = lottery.train(state.model(), state)
     benchmark.pedantic(lambda: next(epochs), rounds=3, warmup_rounds=1)
     benchmark.extra_info |= {

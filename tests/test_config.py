@@ -71,13 +71,13 @@ def test_one_pruned_block_in_global_scope_is_enough_and_one_left_too():
             RunConfig(scope="global", prune_pc=prune_pc, prune_rounds=1)
 
 
-@pytest.mark.parametrize("steps", ["0it", "11it", "1ep"])
+@pytest.mark.parametrize("steps", ["0it", "10it"])
 def test_a_rewind_step_within_the_round_is_accepted(steps):
     RunConfig(dataset="digits", epochs=1, rewind_step=steps).expect_rewind_step_within(1350)
 
 
-@pytest.mark.parametrize("steps", ["12it", "2ep"])
+@pytest.mark.parametrize("steps", ["11it", "1ep", "2ep"])
 def test_a_rewind_step_beyond_the_round_is_refused(steps):
     config = RunConfig(dataset="digits", epochs=1, rewind_step=steps)
-    with pytest.raises(SettingError, match="rewind_step: expected a step within the 11 of a round"):
+    with pytest.raises(SettingError, match=r"rewind_step: .* before the end of a round, 11 st"):
         config.expect_rewind_step_within(1350)

@@ -11,7 +11,7 @@ from sparse_lth.files import FormatError, load_tensors, save_tensors
 from sparse_lth.kernels import backends, use_backend
 from sparse_lth.program.config import RunConfig
 from sparse_lth.program.data import Split, batches
-from sparse_lth.program.lottery import Lottery, State, begin_round, search_from, trains_sparse
+from sparse_lth.program.lottery import Lottery, State, search_from, trains_sparse
 from sparse_lth.program.models import MODELS, Model
 from sparse_lth.program.tickets import dense_network, load_ticket, make_ticket
 from sparse_lth.program.training import TrainingError, make_step
@@ -41,11 +41,11 @@ def _first_round(config, data):
     return lottery.train(start.model(), start)
 
 
-def _next_round(config, state):
+def _next_round(data, config, state):
     """What follows the round that this state ends."""
     search = search_from(config, state, trained=True)
     next(iter(search))
-    return begin_round(state, search)
+    return Lottery(config, data).begin_round(state, search)
 
 
 def _start(config):
@@ -76,11 +76,11 @@ def test_same_seed_same_ticket_other_seed_another(tiny):
     assert not _same(_last(search(CONFIG, tiny)), _last(search(replace(CONFIG, seed=1), tiny)))
 
 
-# each is evaluated six times: after epochs, and in the midst of them, before and after step k
+# evaluated six times or more: after epochs, and in the midst of them, before and after step k
 RESUMED = {
     "epochs": CONFIG,
     "late": replace(CONFIG, rewind_step="3it"),
-    "steps": replace(CONFIG, rewind_step="4it", iterations=6, every=3, bs=60),
+    "steps": replace(CONFIG, rewind_step="3it", iterations=6, every=2, bs=60),
     "reinit": replace(CONFIG, reinit=True),
     "sparse": replace(CONFIG, train_sparse="on", blocksize=(8, 3)),
     "masks": replace(CONFIG, train_sparse="off"),
@@ -94,9 +94,9 @@ def test_a_search_resumed_anywhere_ends_as_if_never_stopped(tiny, tmp_path, conf
         state.save(tmp_path / "state")
     saved = State.load(tmp_path / "state")
     assert _same(saved, state)
-    resumed = list(search(config, tiny, saved))
-    assert len(resumed) == 6 - stop
-    assert _same(resumed[-1] if resumed else saved, _last(search(config, tiny)))
+    resumed, whole = list(search(config, tiny, saved)), list(search(config, tiny))
+    assert len(resumed) == len(whole) - stop
+    assert _same(resumed[-1] if resumed else saved, whole[-1])
 
 
 @pytest.mark.parametrize("blocksize", [(1, 1), (16, 16), (8, 3)])
@@ -142,9 +142,9 @@ def test_steps_are_the_same_however_often_they_are_evaluated(tiny):
 
 def test_late_rewinding_goes_back_to_the_weights_of_step_k_bit_for_bit(tiny):
     config = replace(CONFIG, bs=60, rewind_step="1ep")  # four steps
-    at_k = _last(_first_round(replace(config, iterations=4), tiny))
+    at_k = _last(_first_round(replace(config, rewind_step="0it", iterations=4), tiny))
     expected = {name: w.clone() for name, w in at_k.weights.items()}
-    rewound = _next_round(config, _last(_first_round(config, tiny)))
+    rewound = _next_round(tiny, config, _last(_first_round(config, tiny)))
     assert not torch.equal(rewound.weights["fc1.bias"], torch.zeros(300))
     for name, value in expected.items():
         layer, _, kind = name.rpartition(".")
@@ -153,15 +153,52 @@ def test_late_rewinding_goes_back_to_the_weights_of_step_k_bit_for_bit(tiny):
         assert torch.equal(rewound.init[name], value)
 
 
-def test_a_rewind_step_beyond_the_round_is_refused(tiny):
-    with pytest.raises(TrainingError, match="within the 8 steps of a round, got 9it"):
-        list(search(replace(CONFIG, rewind_step="9it"), tiny))
+def test_late_rewinding_trains_from_step_k_to_the_end(tiny):
+    """As many steps as are left of the dense network's (arXiv 1912.05671), and the same batches."""
+    config = replace(CONFIG, bs=60, rewind_step="6it", epochs=3)  # four batches an epoch
+    steps = [(s.round, s.epoch, s.step) for s in search(config, tiny)]
+    assert steps == [(0, 1, 4), (0, 2, 8), (0, 3, 12), (1, 2, 8), (1, 3, 12), (2, 2, 8), (2, 3, 12)]
+    rewound = _next_round(tiny, config, _last(_first_round(config, tiny)))
+    assert (rewound.epoch, rewound.step) == (1, 6)
+    states = [*Lottery(replace(config, every=1), tiny).train(rewound.model(), rewound)]
+    assert [state.step for state in states] == [7, 8, 9, 10, 11, 12]
+    assert float(states[-1].optimizer["fc1.bias.step"]) == 6
 
 
-def test_reinit_starts_every_round_from_other_weights(tiny):
-    starts = [s.init["fc1.weight"] for s in search(replace(CONFIG, reinit=True), tiny)][1::2]
-    assert not torch.equal(starts[0], starts[1])
-    assert not torch.equal(starts[1], starts[2])
+@pytest.mark.parametrize("k", [8, 9])
+def test_a_rewind_step_that_leaves_nothing_to_train_is_refused(tiny, k):
+    message = f"before the end of a round, 8 steps, got {k}it, which is step {k}"
+    with pytest.raises(TrainingError, match=message):
+        list(search(replace(CONFIG, rewind_step=f"{k}it"), tiny))
+
+
+def test_reinit_trains_the_masks_of_each_ticket_over_other_weights(tiny):
+    """The paper's control, beside a ticket that is the same without it."""
+    states = []
+    for state in search(replace(CONFIG, reinit=True), tiny):
+        states.append(replace(state, weights={n: w.clone() for n, w in state.weights.items()}))
+    controls = [state for state in states if "control" in state.history[-1]]
+    tickets = [state for state in states if "control" not in state.history[-1]]
+    assert [(s.round, s.epoch) for s in controls] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert [(s.round, s.epoch) for s in tickets] == [(n, e) for n in range(3) for e in (1, 2)]
+    for alone, beside in zip(search(CONFIG, tiny), tickets, strict=True):
+        assert all(torch.equal(beside.weights[name], w) for name, w in alone.weights.items())
+        assert alone.history[-1] == beside.history[-1]
+    for control, ticket in zip(controls, tickets[2:], strict=True):
+        for name, mask in ticket.masks.items():
+            assert torch.equal(control.masks[name], mask)
+            weights = control.weights[f"{name}.weight"]
+            assert not weights[~mask].any()
+            assert not torch.equal(weights, ticket.weights[f"{name}.weight"])
+    # four steps move a weight by 4 * lr at most; drawn anew they are 0.05 apart on average
+    kept, start = tickets[-1].masks["fc1"], _start(CONFIG)["fc1.weight"]
+    first, second = (controls[n].weights["fc1.weight"] for n in (0, 2))
+    for a, b in ((first, second), (first, start), (second, start)):
+        assert (a - b)[kept].abs().mean() > 10 * 4 * CONFIG.lr
+    assert (tickets[2].weights["fc1.weight"] - start)[kept].abs().max() <= 4.1 * CONFIG.lr
+    record = make_ticket(states[-1]).rounds[1]
+    assert record["reinit_test_accuracy"] == controls[1].history[-1]["test_accuracy"]
+    assert record["test_accuracy"] == tickets[3].history[-1]["test_accuracy"]
 
 
 def test_one_shot_reaches_the_density_of_all_rounds_in_one(tiny):
@@ -196,7 +233,7 @@ def test_a_graphed_step_is_the_eager_step(tiny):
 def test_pruning_rewinds_every_survivor_and_every_bias(tiny):
     *_, trained = (s for s in search(CONFIG, tiny) if s.round == 0)
     assert any(not torch.equal(trained.weights[n], trained.init[n]) for n in trained.init)
-    state = _next_round(CONFIG, trained)
+    state = _next_round(tiny, CONFIG, trained)
     weights = read(state.model())
     for name, value in _start(CONFIG).items():
         layer, _, kind = name.rpartition(".")
@@ -293,7 +330,7 @@ def test_a_model_is_one_entry_and_its_buffers_are_rewound_and_resumed(tiny, tmp_
     assert int(states[1].weights["norm.num_batches_tracked"]) == 8
     assert int(states[2].weights["norm.num_batches_tracked"]) == 4  # counted anew in round 1
     assert not torch.equal(states[1].weights["norm.running_mean"], start["norm.running_mean"])
-    rewound = _next_round(config, states[1])
+    rewound = _next_round(tiny, config, states[1])
     for name in ("norm.weight", "norm.running_mean", "norm.running_var"):
         assert torch.equal(rewound.weights[name], start[name])
     assert _same(_last(search(config, tiny, State.load(tmp_path / "state"))), states[-1])
@@ -365,5 +402,5 @@ def test_a_wrong_state_is_refused_by_name(saved, tmp_path, message):
 def test_a_state_that_does_not_fit_its_data_is_refused(saved, tiny, change):
     state = replace(State.load(saved), **change)
     config = replace(CONFIG, train_sparse="on")
-    with pytest.raises(FormatError, match="a state within the 8 steps of a round, 4 an epoch"):
+    with pytest.raises(FormatError, match="a state within steps 0 to 8 of a round, 4 an"):
         next(search(config, tiny, state))

@@ -18,7 +18,7 @@ def _watch(tiny, folder, states=None):
     out = io.StringIO()
     lottery, console = Lottery(CONFIG, tiny), Console(file=out, width=300)
     start = lottery.start()
-    watch(states or lottery.states(start), CONFIG, start, folder, console)
+    watch(states or lottery.states(start), lottery, start, folder, console)
     return out.getvalue().splitlines()
 
 

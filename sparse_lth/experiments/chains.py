@@ -1,33 +1,34 @@
 """The paper's experiments as independent chains: a method, from the dense network to a sparse one.
 
-A chain saves itself after every round, and run again goes on from there.
+A chain says what is to be trained next, and is told how it went; an engine trains. It saves itself
+after every round, and run again goes on from there.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from ..masks import densities_after, density
+from ..masks import densities_after
 from ..program.config import RunConfig
 from ..program.data import Dataset
-from ..program.lottery import Lottery, State, begin_round, redraw, search_from
+from ..program.lottery import Lottery, State, redraw, search_from
 from ..program.models import MODELS, NARROW
-from ..program.tickets import make_ticket
-from ..program.training import evaluate
-from ..weights import Tensors, masked, prunable, snapshot, write_
+from ..program.tickets import dense_network, make_ticket, sparse_network
+from ..saving import save_sparse
+from ..weights import masked, prunable, snapshot, write_
 
 RATE, LAST = 0.2, 15  # the paper prunes 20 % in each round; after 15 are left 3.6 %
 TICKET = "winning ticket"
-MEASURES = ("train_loss", "validation_loss", "validation_accuracy", "test_accuracy")
+BLOCKSIZES = ((16, 16), (16, 4), (16, 1))  # beside single weights
+LOSSES = ("train_loss", "validation_loss")
+ACCURACIES = ("validation_accuracy", "test_accuracy", "train_accuracy")
 ROW = {  # of the results, with its types
     **dict.fromkeys(("method", "model", "blocksize"), str),
-    **dict.fromkeys(("replicate", "seed", "round", "iteration"), int),
+    **dict.fromkeys(("replicate", "round", "prunings", "iteration"), int),
     "density": float,
-    **dict.fromkeys(MEASURES, float | None),
+    **dict.fromkeys((*LOSSES, *ACCURACIES), float | None),
 }
 
 
@@ -35,14 +36,14 @@ ROW = {  # of the results, with its types
 class Plan:
     """The settings that all chains share.
 
-    levels: the rounds of the paper's ladder that a chain trains; few_levels: those of the chains
-    that need not be dense. The test set is evaluated every test_every steps, a multiple of every,
-    at the early stop and at the end, and nothing is chosen by it.
+    levels: the rounds of the paper's ladder that are trained, by every chain, so that all that are
+    compared were pruned as often. Validation comes every `every` steps; the test set is evaluated
+    every test_every, at the early stop and at the end, the training set at these two, and nothing
+    is chosen by either.
     """
 
     iterations: int = 5_000
     levels: tuple[int, ...] = (1, 3, 5, 7, 9, 11, 13, 15)
-    few_levels: tuple[int, ...] = (3, 7, 11, 15)
     every: int = 100
     test_every: int = 200
     rewind_step: str = "500it"
@@ -54,22 +55,33 @@ class Plan:
     @classmethod
     def full(cls, **settings) -> "Plan":
         """The paper's protocol."""
-        every_round = tuple(range(1, LAST + 1))
-        return cls(50_000, every_round, every_round, test_every=500, **settings)
+        return cls(50_000, tuple(range(1, LAST + 1)), test_every=1_000, **settings)
 
 
 @dataclass(frozen=True)
 class Method:
     """How a chain's rounds start.
 
-    one_shot: each prunes the dense network; late: rewinds to the plan's rewind_step; rewind: as
-    `Search` has it; lr: of all rounds but the dense one
+    one_shot: each prunes the dense network; late: each trains from the plan's rewind_step on;
+    rewind: as `Search` has it; lr: of all rounds but the dense one
     """
 
     one_shot: bool = False
     late: bool = False
     rewind: str = "init"
     lr: float = 1.2e-3
+
+
+METHODS = {
+    TICKET: Method(),
+    "one-shot": Method(one_shot=True),
+    # these three retrain for as many steps (arXiv 2003.02389), of weights from step k or the end
+    "late rewinding": Method(late=True),
+    "learning-rate rewinding": Method(late=True, rewind="weights"),
+    # the paper's learning rate is constant, so there is no low one at its end to go on with
+    "fine-tuning": Method(late=True, rewind="weights", lr=1.2e-4),
+    "dense": Method(),
+}
 
 
 def scatter_masks(state: State) -> State:
@@ -84,34 +96,39 @@ def scatter_masks(state: State) -> State:
     return replace(state, masks=masks, weights=weights, generator=generator.get_state())
 
 
-METHODS = {
-    TICKET: Method(),
-    "one-shot": Method(one_shot=True),
-    "late rewinding": Method(late=True),
-    "learning-rate rewinding": Method(rewind="weights"),
-    # the paper's learning rate is constant, so there is no low one at its end to go on with
-    "fine-tuning": Method(rewind="weights", lr=1.2e-4),
-    "dense": Method(),
+def reset(state: State) -> State:
+    """The state with θ₀ under its masks, to be trained from step 0."""
+    first = torch.Generator().manual_seed(state.settings["seed"])
+    init = snapshot(MODELS[state.settings["model"]].new(first))
+    return replace(state, epoch=0, step=0, init=init, weights=masked(init, state.masks))
+
+
+CONTROLS = {  # networks that are trained beside a chain's own, from its masks of the same round
+    "random reinit": redraw,
+    "random mask": scatter_masks,
+    "continued training": reset,  # of masks found without rewinding: the paper's appendix B
 }
-CONTROLS = {"random reinit": redraw, "random mask": scatter_masks}  # from the ticket's own start
 
 
 @dataclass(frozen=True)
 class Chain:
-    """One method from one seed, its replicate's number; controls: CONTROLS beside each ticket."""
+    """One method from one seed, its replicate's number; controls: names in CONTROLS."""
 
     method: str
     replicate: int
     levels: tuple[int, ...]
     blocksize: tuple[int, int] = (1, 1)
     model: str = "lenet-300-100"
-    controls: bool = False
+    controls: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> str:
+        """Of its blocks, as in 16x4."""
+        return "x".join(map(str, self.blocksize))
 
     @property
     def name(self) -> str:
-        rows, cols = self.blocksize
-        method = self.method.replace(" ", "_")
-        return f"{method}-{self.model}-{rows}x{cols}-{self.replicate}"
+        return f"{self.method.replace(' ', '_')}-{self.model}-{self.shape}-{self.replicate}"
 
     @property
     def density(self) -> float:
@@ -121,9 +138,8 @@ class Chain:
         left = densities_after(sizes, RATE, LAST, {kind.output: 0.5})
         return sum(left[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
-    def config(self, plan: Plan, level: int) -> RunConfig:
-        """The search that trains this round."""
-        method = METHODS[self.method]
+    def config(self, plan: Plan, method: Method, level: int) -> RunConfig:
+        """The search whose round this is, trained as the method has it."""
         return RunConfig(
             model=self.model,
             dataset=plan.dataset,
@@ -141,64 +157,135 @@ class Chain:
         )
 
 
-def grid(plan: Plan, replicates: int) -> list[Chain]:
-    """All chains, the longest first."""
+@dataclass(frozen=True)
+class Job:
+    """A network to be trained from this state to the end of its round.
+
+    method: the chain's, or a control; level: of the paper's ladder; prunings: how many led there
+    """
+
+    chain: Chain
+    method: str
+    level: int
+    prunings: int
+    config: RunConfig
+    start: State
+
+    @property
+    def name(self) -> str:
+        return f"{self.chain.name}/{self.method.replace(' ', '_')}/round_{self.level}"
+
+    def row(self, record: dict) -> dict:
+        """A row of the results."""
+        return {
+            "method": self.method,
+            "model": self.chain.model,
+            "blocksize": self.chain.shape,
+            "replicate": self.chain.replicate,
+            "round": self.level,
+            "prunings": self.prunings,
+            "density": record["density"],
+            "iteration": record["step"],
+            **{name: record.get(name) for name in (*LOSSES, *ACCURACIES)},
+        }
+
+    def describe(self, records: list[dict]) -> str:
+        """What came of it, in a line."""
+        early, end = early_stop(records), records[-1]
+        return (
+            f"{self.method}, {self.chain.model.removeprefix('lenet-')}, {self.chain.shape}, "
+            f"replicate {self.chain.replicate}, round {self.level} ({early['density']:.1%}): early "
+            f"stop at {early['step']} with {early['test_accuracy']:.2%}, "
+            f"{end['test_accuracy']:.2%} at the end"
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """state: the round's last, on the CPU, without an optimizer; records: one for every evaluation,
+    the first before any training; the early stop and the last have every accuracy."""
+
+    state: State
+    records: list[dict]
+
+
+def early_stop(records: list[dict]) -> dict:
+    """The evaluation of least validation loss, of equal ones the first."""
+    return min(records, key=lambda record: record["validation_loss"])
+
+
+def record_of(density: float, step: int, losses: dict, accuracies: dict) -> dict:
+    """A record; its losses to the nine digits that tell float32 numbers apart."""
+    rounded = {name: float(f"{loss:.9g}") for name, loss in losses.items()}
+    return {"density": density, "step": step, **rounded, **accuracies}
+
+
+def grid(plan: Plan, replicates: int, methods: Sequence[str] | None = None) -> list[Chain]:
+    """All chains, or those of these methods, the longest first; blocks are tickets, too."""
     chains = []
+    controls = {
+        TICKET: ("random reinit", "random mask"),
+        "learning-rate rewinding": ("continued training",),
+    }
     for replicate in range(replicates):
-        chains.append(Chain(TICKET, replicate, plan.levels, controls=True))
-        for blocksize in ((16, 16), (16, 4), (16, 1)):
-            chains.append(Chain(TICKET, replicate, plan.few_levels, blocksize))
-        for method in ("one-shot", "late rewinding", "learning-rate rewinding", "fine-tuning"):
-            chains.append(Chain(method, replicate, plan.few_levels))
+        for method in (name for name in METHODS if name != "dense"):
+            chains.append(Chain(method, replicate, plan.levels, controls=controls.get(method, ())))
+        for blocksize in BLOCKSIZES:
+            chains.append(Chain(TICKET, replicate, plan.levels, blocksize))
         chains += [Chain("dense", replicate, (), model=model) for model in NARROW]
-    return sorted(chains, key=lambda chain: (not chain.controls, -len(chain.levels)))
+    chosen = [chain for chain in chains if chain.method in (methods or METHODS)]
+    return sorted(chosen, key=lambda chain: -len(chain.levels) * (1 + len(chain.controls)))
 
 
-def run_chain(plan: Plan, chain: Chain, data: Dataset, folder: Path) -> Iterator[str]:
-    """Trains the rounds that the chain's file in `folder` lacks; yields a line for every network.
+def run_chain(
+    plan: Plan, chain: Chain, data: Dataset, folder: Path
+) -> Generator[list[Job], list[Trained], None]:
+    """Yields what is to be trained next, a round of the chain's own network and its controls, and
+    wants it sent back trained; begins with what its file in `folder` lacks.
 
     The file is a State: what the next round is pruned from, and as its history a row for each
-    evaluation so far.
+    evaluation on the test set so far.
     """
     path, method = chain_path(folder, chain), METHODS[chain.method]
-    config = chain.config(plan, 0)
-    state = State.load(path, ROW) if path.exists() else Lottery(config, data).start()
+    lottery = Lottery(chain.config(plan, method, 0), data)
+    state = State.load(path, ROW) if path.exists() else lottery.start()
     rows = list(state.history)
     done = rows[-1]["round"] if rows else -1
     for levels in [(level,) for level in chain.levels] if method.one_shot else [chain.levels]:
         if done >= 0 and done >= max(levels, default=0):
             continue
-        search = search_from(config, state, done >= 0, levels=levels, rewind=method.rewind)
+        settings = {"levels": levels, "rewind": method.rewind}
+        search = search_from(lottery.config, state, done >= 0, **settings)
         for round in search:
             level = (0, *levels)[round]
-            lottery = Lottery(chain.config(plan, level), data)
-            start = begin_round(state, search) if level else state
-            starts = {chain.method: start}
-            if level and chain.controls:
-                starts |= {name: control(start) for name, control in CONTROLS.items()}
-            for name, start in starts.items():
-                began = time.perf_counter()
-                run = f"{chain.name}/{name.replace(' ', '_')}/round_{level}"
-                curves = _Curves(folder / "tensorboard" / run, plan.curves)
-                network = search.model if name == chain.method else start.model()
-                last, records = _train(lottery, network, start, plan.test_every, curves.add)
-                curves.close()
-                rows += [_row(chain, name, level, record) for record in records]
-                if name == chain.method:
-                    trained, end = replace(last, weights=snapshot(search.model)), records[-1]
-                yield _describe(chain, name, level, records, time.perf_counter() - began)
-            search.init = trained.init
+            start = replace(lottery.begin_round(state, search) if level else state, history=())
+            config = chain.config(plan, method, level)
+            jobs = [Job(chain, chain.method, level, round, config, start)]
+            if level:
+                config = chain.config(plan, Method(), level)
+                for name in chain.controls:
+                    jobs.append(Job(chain, name, level, round, config, CONTROLS[name](start)))
+            own, *_ = trained = yield jobs
+            for job, result in zip(jobs, trained, strict=True):
+                rows += [job.row(r) for r in result.records if "test_accuracy" in r]
+                if plan.curves:
+                    write_curves(folder / "tensorboard" / job.name, result.records)
+            write_(search.model, own.state.weights, own.state.masks)
+            search.init = own.state.init
             if is_measured(chain):
-                ticket = make_ticket(replace(trained, history=(end,)))
-                ticket.save(ticket_path(folder, chain, level))
+                ticket = make_ticket(own.state)
+                network = (
+                    sparse_network(ticket, chain.blocksize) if level else dense_network(ticket)
+                )
+                save_sparse(network, network_path(folder, chain, level), chain.model)
             if not (method.one_shot and level):
-                state = replace(trained, optimizer={})
+                state = own.state
             state, done = replace(state, history=tuple(rows)), level
             state.save(path)
 
 
 def is_measured(chain: Chain) -> bool:
-    """Whether its tickets are kept, to be run as block-sparse layers: one replicate is enough."""
+    """Whether its networks are kept, to be timed: one replicate of the tickets is enough."""
     return chain.method == TICKET and chain.replicate == 0
 
 
@@ -206,91 +293,16 @@ def chain_path(folder: Path, chain: Chain) -> Path:
     return folder / "chains" / f"{chain.name}.safetensors"
 
 
-def ticket_path(folder: Path, chain: Chain, level: int) -> Path:
-    return folder / "tickets" / f"{chain.name}-{level}.safetensors"
+def network_path(folder: Path, chain: Chain, level: int) -> Path:
+    return folder / "networks" / f"{chain.name}-{level}.safetensors"
 
 
-def _train(
-    lottery: Lottery,
-    model: nn.Module,
-    start: State,
-    test_every: int,
-    log: Callable[[dict], None],
-) -> tuple[State, list[dict]]:
-    """Trains one round -> (its last state, its records from step 0, which `log` gets as they come).
+def write_curves(folder: Path, records: list[dict]) -> None:
+    """TensorBoard's scalars of one training."""
+    from torch.utils.tensorboard import SummaryWriter  # seconds, and not always installed
 
-    The record of the least validation loss, the early stop, has its test accuracy.
-    """
-    data, other = lottery.data, start.model().to(lottery.config.device)
-
-    def test(weights: Tensors) -> float:
-        write_(other, weights, {})
-        return evaluate(other, data.test)[1]
-
-    loss, accuracy = evaluate(other, data.validation)
-    first = {"round": start.round, "step": 0, "density": density(start.masks)}
-    first |= {"validation_loss": loss, "validation_accuracy": accuracy}
-    records = [{**first, "test_accuracy": test(start.weights)}]
-    log(records[0])
-    early, early_weights, state = records[0], {}, start
-    for state in lottery.train(model, replace(start, history=())):
-        record = dict(state.history[-1])
-        if state.step % test_every == 0 and "test_accuracy" not in record:
-            record["test_accuracy"] = test(state.weights)
-        if record["validation_loss"] < early["validation_loss"]:
-            early = record
-            early_weights = {name: weight.clone() for name, weight in state.weights.items()}
-        records.append(record)
-        log(record)
-    if "test_accuracy" not in early:
-        early["test_accuracy"] = test(early_weights)
-    return state, records
-
-
-def _row(chain: Chain, method: str, level: int, record: dict) -> dict:
-    """A row of the results."""
-    return {
-        "method": method,
-        "model": chain.model,
-        "blocksize": "x".join(map(str, chain.blocksize)),
-        "replicate": chain.replicate,
-        "seed": chain.replicate,
-        "round": level,
-        "density": record["density"],
-        "iteration": record["step"],
-        **{name: record.get(name) for name in MEASURES},
-    }
-
-
-def _describe(chain: Chain, method: str, level: int, records: list[dict], seconds: float) -> str:
-    early = min(records, key=lambda record: record["validation_loss"])
-    model, steps = chain.model.removeprefix("lenet-"), records[-1]["step"]
-    return (
-        f"{method}, {model}, {'x'.join(map(str, chain.blocksize))}, replicate {chain.replicate}, "
-        f"round {level} ({100 * early['density']:.1f} %): early stop at {early['step']} with "
-        f"{early['test_accuracy']:.2%}, {records[-1]['test_accuracy']:.2%} at the end; "
-        f"{steps / seconds:.0f} iterations/s"
-    )
-
-
-class _Curves:
-    """TensorBoard's scalars of one training; a round that was broken off is written anew."""
-
-    def __init__(self, folder: Path, wanted: bool):
-        self.writer = None
-        if wanted:
-            from torch.utils.tensorboard import SummaryWriter  # seconds, and not always installed
-
-            self.writer = SummaryWriter(folder, purge_step=0)
-
-    def add(self, record: dict) -> None:
-        if self.writer is None:
-            return
-        for name in MEASURES:
-            if name in record:
-                self.writer.add_scalar(name, record[name], record["step"])
-        self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    with SummaryWriter(folder) as writer:
+        for record in records:
+            for name in (*LOSSES, *ACCURACIES):
+                if name in record:
+                    writer.add_scalar(name, record[name], record["step"])

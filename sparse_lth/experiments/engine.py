@@ -1,4 +1,5 @@
-"""Runs chains in parallel, on this machine or on a Ray cluster, to the same results.
+"""Runs chains to their ends, one network at a time in each of several processes, on this machine or
+on a Ray cluster, to the same results.
 
 A chain that loses its process or its machine is run again, and goes on after its last saved round.
 """
@@ -7,17 +8,23 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 
+from ..masks import density
 from ..program.data import Dataset, load
-from .chains import Chain, Plan, run_chain
+from ..program.lottery import Lottery
+from ..program.training import evaluate
+from ..weights import Tensors, snapshot, write_
+from .chains import ACCURACIES, LOSSES, Chain, Job, Plan, Trained, early_stop, record_of, run_chain
 
 ATTEMPTS = 5  # a chain that kills its process as often is given up
 
@@ -30,9 +37,52 @@ def work(plan: Plan, chain: Chain, folder: Path) -> str:
     """One chain to its end, in a process of its own with one thread; returns its name."""
     torch.set_num_threads(1)
     data = _dataset(plan.dataset, plan.data_dir, plan.device)
-    for line in run_chain(plan, chain, data, folder):
-        print(line, flush=True)
+    run_one_by_one(plan, chain, data, folder)
     return chain.name
+
+
+def run_one_by_one(plan: Plan, chain: Chain, data: Dataset, folder: Path) -> None:
+    """One chain to its end, each network after the other; prints a line for each."""
+    rounds, trained = run_chain(plan, chain, data, folder), None
+    while True:
+        try:
+            jobs = rounds.send(trained)
+        except StopIteration:
+            return
+        trained = []
+        for job in jobs:
+            began = time.perf_counter()
+            trained.append(train(job, data, plan.test_every))
+            pace = plan.iterations / (time.perf_counter() - began)
+            print(f"{job.describe(trained[-1].records)}; {pace:.0f} iterations/s", flush=True)
+
+
+def train(job: Job, data: Dataset, test_every: int) -> Trained:
+    """The whole round of one network."""
+    model, other = job.start.model(), job.start.model().to(job.config.device)
+    kept = density(job.start.masks)
+
+    def accuracies(weights: Tensors, *splits: str) -> dict[str, float]:
+        write_(other, weights, {})
+        return {f"{name}_accuracy": evaluate(other, getattr(data, name))[1] for name in splits}
+
+    loss, accuracy = evaluate(other, data.validation)
+    tested = {"validation_accuracy": accuracy, **accuracies(job.start.weights, "test")}
+    records = [record_of(kept, job.start.step, {"validation_loss": loss}, tested)]
+    early_weights = job.start.weights
+    for state in Lottery(job.config, data).train(model, job.start):
+        last = state.history[-1]
+        losses = {name: last[name] for name in LOSSES}
+        tested = {name: last[name] for name in ACCURACIES if name in last}
+        if state.step % test_every == 0 and "test_accuracy" not in tested:
+            tested |= accuracies(state.weights, "test")
+        records.append(record_of(kept, state.step, losses, tested))
+        if early_stop(records) is records[-1]:
+            early_weights = {name: weight.clone() for name, weight in state.weights.items()}
+    records[-1] |= accuracies(state.weights, "train")
+    early_stop(records).update(accuracies(early_weights, "test", "train"))
+    state = replace(state, weights=snapshot(model), sparse=(), optimizer={}, history=())
+    return Trained(state, records)
 
 
 @cache

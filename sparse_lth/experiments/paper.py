@@ -12,22 +12,24 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..files import FormatError, write
 from ..kernels import backend
 from ..program.config import DATASETS
 from ..program.data import DataError, load
 from ..program.lottery import State
-from ..program.measure import summarise
+from ..program.measure import device_name
 from ..program.models import NARROW
-from ..program.tickets import dense_network, load_ticket, sparse_network
 from ..program.training import TrainingError
+from ..saving import load_sparse
 from ..sequential import SparseSequential
 from ..timing import in_turn
 from . import results
-from .chains import ROW, TICKET, Chain, Plan, chain_path, grid, is_measured, ticket_path
+from .chains import METHODS, ROW, TICKET, Chain, Plan, chain_path, grid, is_measured, network_path
 from .engine import EngineError, run_pool, run_ray
 from .page import write_page
+from .stack import run_stacked
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,10 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     flags = parser.parse_args(argv)
     try:
-        if flags.command == "paper":
-            paper(flags)
-        trainings = results.read(flags.results / "results.csv")
-        print(f"page: {write_page(trainings, flags.results)}")
+        flags.run(flags)
         return 0
     except results.ResultsError as error:
         parser.error(str(error))
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def paper(flags: argparse.Namespace) -> None:
-    """Runs what the results folder lacks, and leaves results.csv there."""
+    """Trains what the results folder lacks, then measures and draws; on a GPU it only trains."""
     folder = flags.results.resolve()  # workers elsewhere have working folders of their own
     data_dir = str(Path(flags.data_dir).expanduser().resolve())
     plan = (Plan.full if flags.full else Plan)(device=flags.device, data_dir=data_dir)
@@ -60,26 +59,29 @@ def paper(flags: argparse.Namespace) -> None:
         plan = replace(plan, iterations=flags.iterations, rewind_step=late)
     data = load(flags.dataset, plan.data_dir, "cpu", notify=print)
     plan = replace(plan, dataset=data.name)
-    for name in ("chains", "tickets"):
+    for name in ("chains", "networks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     remember(plan, folder / "plan.json")
     plan = replace(plan, curves=find_spec("tensorboard") is not None)
     if not plan.curves:
         print("no TensorBoard curves: pip install tensorboard to have them")
-    chains = grid(plan, flags.replicates)
+    chains = grid(plan, flags.replicates, flags.methods)
     print(f"{len(chains)} chains of {plan.iterations} iterations a round in {folder}", flush=True)
-    if flags.ray:
-        run_ray(plan, chains, folder, flags.workers, flags.ray)
+    try:
+        if plan.device == "cuda":
+            run_stacked(plan, chains, folder)
+        elif flags.ray:
+            run_ray(plan, chains, folder, flags.workers, flags.ray)
+        else:
+            run_pool(plan, chains, folder, flags.workers)
+    finally:  # of a run that is broken off, too
+        if rows := collect(grid(plan, flags.replicates), folder):
+            results.write(rows, folder / "results.csv")
+    if plan.device == "cuda":
+        print(f"to time the networks on a CPU: python -m sparse_lth.experiments measure {folder}")
     else:
-        run_pool(plan, chains, folder, flags.workers)
-    rows = collect(chains, folder)
-    results.write(rows, folder / "results.csv")
-    print("measuring the tickets' latency", flush=True)
-    measured = measure(chains, folder, data.test.images[:1])
-    for row in rows:
-        if row["replicate"] == 0 and row["iteration"] == plan.iterations:
-            row |= measured.get((row["method"], row["model"], row["blocksize"], row["round"]), {})
-    results.write(rows, folder / "results.csv")
+        measure(folder)
+        draw(folder)
 
 
 def remember(plan: Plan, path: Path) -> None:
@@ -96,64 +98,76 @@ def remember(plan: Plan, path: Path) -> None:
 
 
 def collect(chains: Sequence[Chain], folder: Path) -> list[dict]:
-    """The rows of all chains, in the order of the chains."""
-    return [row for chain in chains for row in State.load(chain_path(folder, chain), ROW).history]
+    """The rows of all chains that were run, in the order of the chains."""
+    paths = [chain_path(folder, chain) for chain in chains]
+    return [row for path in paths if path.exists() for row in State.load(path, ROW).history]
 
 
-def measure(chains: Sequence[Chain], folder: Path, image: torch.Tensor) -> dict[tuple, dict]:
-    """The speed of the kept tickets as block-sparse layers and of the dense networks, one thread.
+def measure(folder: Path) -> None:
+    """Times the kept tickets as block-sparse layers and the dense networks, one thread and one
+    image, and writes latency.csv, if it is not there.
 
     A dense network is run as plain layers and in one call, as tickets are, and the faster counts:
     what is compared is sparsity.
-
-    image: (1, 1, 28, 28) -> results.SPEED by (method, model, blocksize, round), once for a folder
     """
-    path = folder / "latency.json"
+    path = folder / "latency.csv"
     if path.exists():
-        return {tuple(key): speed for key, speed in json.loads(path.read_text())}
+        return
+    print("measuring the networks' latency", flush=True)
     networks, dense = {}, {}
-    for chain in filter(is_measured, chains):
+    for chain in filter(is_measured, grid(Plan.full(), 1)):
         for level in (0, *chain.levels):
-            ticket = load_ticket(ticket_path(folder, chain, level))
-            key = (chain.method, chain.model, "x".join(map(str, chain.blocksize)), level)
-            if level == 0:
-                dense[key] = dense_network(ticket)
-            else:
-                networks[key, "one call"] = sparse_network(ticket, chain.blocksize)
+            file = network_path(folder, chain, level)
+            if file.exists():
+                kept = dense if level == 0 else networks
+                kept[chain.method, chain.model, chain.shape, level] = load_sparse(file)
     for name, kind in NARROW.items():
         dense["dense", name, "1x1", 0] = kind.new(torch.Generator()).eval()
+    forms = {(key, "one call"): network for key, network in networks.items()}
     for key, network in dense.items():
-        networks[key, "layers"] = network
-        networks[key, "one call"] = SparseSequential(OrderedDict(network.named_children())).eval()
-    threads, times = torch.get_num_threads(), {}
+        layers = OrderedDict(network.named_children())
+        forms[key, "layers"] = nn.Sequential(layers).eval()
+        forms[key, "one call"] = SparseSequential(layers).eval()
+    threads, times, image = torch.get_num_threads(), {}, torch.zeros(1, 1, 28, 28)
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            measured = in_turn({key: partial(network, image) for key, network in networks.items()})
-        for (key, _), form in measured.items():
-            times[key] = min(times.get(key, form), form, key=lambda form: form.p50)
-        machine = summarise(ticket, "cpu")
+            measured = in_turn({key: partial(form, image) for key, form in forms.items()})
     finally:
         torch.set_num_threads(threads)
-    context = (machine["device"], machine["threads"], backend(image).name)
+    for (key, _), form in measured.items():
+        times[key] = min(times.get(key, form), form, key=lambda form: form.p50)
     unpruned = times[TICKET, "lenet-300-100", "1x1", 0].p50
-    speeds = {}
+    machine = dict(zip(results.MACHINE, (device_name("cpu"), 1, backend(image).name), strict=True))
+    rows = []
     for key, form in times.items():
         values = (1e6 * form.p50, 1e6 * form.p20, 1e6 * form.p80, unpruned / form.p50)
-        speeds[key] = dict(zip(results.SPEED, (*values, *context), strict=True))
-    write(path, json.dumps([[list(key), speed] for key, speed in speeds.items()], indent=1))
-    return speeds
+        network = dict(zip(results.NETWORK, key, strict=True))
+        rows.append(network | dict(zip(results.TIMES, values, strict=True)) | machine)
+    results.write(rows, path)
+
+
+def draw(folder: Path) -> None:
+    """Writes the figures and the page, from the files of results alone."""
+    print(f"page: {write_page(results.read(folder), folder)}")
+
+
+def remeasure(flags: argparse.Namespace) -> None:
+    (flags.results / "latency.csv").unlink(missing_ok=True)
+    measure(flags.results)
+    draw(flags.results)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sparse_lth.experiments", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser(
-        "paper", help="train what the results folder lacks, measure, and draw"
-    ).add_argument
+    train = commands.add_parser("paper", help="train what the results folder lacks, measure, draw")
+    train.set_defaults(run=paper)
+    add = train.add_argument
     add("--full", action="store_true", help="the paper's 50,000 iterations and every round")
     add("--iterations", type=_positive, help="of each round (default: 5000, with --full 50000)")
-    add("--replicates", type=_positive, default=3, help="seeds from 0 on (default: 3)")
+    add("--replicates", type=_positive, default=5, help="seeds from 0 on (default: 5)")
+    add("--methods", nargs="+", choices=METHODS, help="train these alone (default: all)")
     add(
         "--results",
         type=Path,
@@ -178,9 +192,19 @@ def build_parser() -> argparse.ArgumentParser:
         default=os.environ.get("SPARSE_LTH_DATA", "data"),
         help="torchvision's root; $SPARSE_LTH_DATA gives another default",
     )
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="of the training (default: cpu)")
-    plot = commands.add_parser("plot", help="draw the figures and the page again, without training")
-    plot.add_argument("results", type=Path, help="a folder that holds results.csv")
+    add(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="of the training; cuda: all networks of a round as one stack (default: cpu)",
+    )
+    for name, run, help in (
+        ("measure", remeasure, "time the networks of a results folder on this machine, and draw"),
+        ("plot", lambda flags: draw(flags.results), "draw the figures and the page again"),
+    ):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("results", type=Path, help="a folder that holds results.csv")
+        command.set_defaults(run=run)
     return parser
 
 

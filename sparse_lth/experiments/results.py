@@ -1,4 +1,7 @@
-"""The results file: a row for each evaluation, read back as the networks that were trained."""
+"""The files of results: a row for each evaluation, and a row for each network that was timed.
+
+Read back, they are the networks that were trained.
+"""
 
 import csv
 import io
@@ -8,10 +11,10 @@ from pathlib import Path
 
 from .. import files
 
-_TIMES = ("latency_us", "latency_p20_us", "latency_p80_us", "speedup")
-SPEED = (*_TIMES, "device", "threads", "backend")
+TIMES = ("latency_us", "latency_p20_us", "latency_p80_us", "speedup")
+MACHINE = ("device", "threads", "backend")
 _TEXT = ("method", "model", "blocksize", "device", "backend")
-_NETWORK = ("method", "model", "blocksize", "replicate", "round")
+NETWORK = ("method", "model", "blocksize", "round")
 
 
 class ResultsError(ValueError):
@@ -23,28 +26,49 @@ Training = list[Row]  # of one network, by iteration
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
-    """One tidy CSV, whole at any moment; SPEED has values in the rows of measured networks."""
+    """One tidy CSV, whole at any moment."""
     text = io.StringIO()
-    columns = dict.fromkeys((*rows[0], *SPEED))
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     files.write(path, text.getvalue())
 
 
-def read(path: Path) -> list[Training]:
-    """Every network's training; ResultsError unless the file holds results."""
+def read(folder: Path) -> list[Training]:
+    """Every network's training, from results.csv; the last row of each replicate 0 has TIMES and
+    MACHINE too, None where latency.csv has none. ResultsError unless the files hold results."""
+    path = folder / "results.csv"
     trainings = defaultdict(list)
+    for row in _rows(path, (*NETWORK, "replicate", "iteration")):
+        trainings[(*_network(row), row["replicate"])].append(row)
+    if not trainings:
+        raise ResultsError(f"expected a results file, got {path}: it has no rows")
+    for rows in trainings.values():
+        rows.sort(key=lambda row: row["iteration"])
+        rows[-1] |= dict.fromkeys((*TIMES, *MACHINE))
+    path = folder / "latency.csv"
+    for row in _rows(path, (*NETWORK, *TIMES, *MACHINE)) if path.exists() else ():
+        if rows := trainings.get((*_network(row), 0)):
+            rows[-1] |= row
+    return [*trainings.values()]
+
+
+def _rows(path: Path, columns: Sequence[str]) -> list[Row]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                row = {name: _value(name, text) for name, text in row.items()}
-                trainings[tuple(row[name] for name in _NETWORK)].append(row)
-        if not trainings:
-            raise ValueError("it has no rows")
-        return [sorted(rows, key=lambda row: row["iteration"]) for rows in trainings.values()]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+            rows = [
+                {name: _value(name, text) for name, text in row.items()}
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, TypeError, ValueError) as error:
         raise ResultsError(f"expected a results file, got {path}: {error}") from error
+    if rows and (missing := {*columns} - rows[0].keys()):
+        raise ResultsError(f"expected columns {sorted(missing)} in {path}, got {[*rows[0]]}")
+    return rows
+
+
+def _network(row: Row) -> tuple:
+    return tuple(row[name] for name in NETWORK)
 
 
 def _value(name: str, text: str) -> str | float | None:

@@ -87,7 +87,7 @@ def carry_out(config: RunConfig, data: Dataset, folder: Path) -> None:
     expect_settings(config, start, saved)
     if start.history:
         say(f"going on after {describe_epoch(start.history[-1])}")
-    state = watch(lottery.states(start), config, start, folder, console)
+    state = watch(lottery.states(start), lottery, start, folder, console)
 
     ticket = make_ticket(state)
     ticket.save(folder / "ticket.safetensors")
@@ -196,8 +196,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RxC",
     )
     add("scope", "where magnitudes compete", choices=SCOPES)
-    add("rewind_step", "rewind to the weights at this step of round 0, as in 500it or 1ep")
-    add("reinit", "control: start each round from newly drawn weights", action="store_true")
+    add(
+        "rewind_step",
+        "rewind to the weights at this step of round 0, as in 500it or 1ep, and train from there",
+    )
+    add(
+        "reinit",
+        "control: train the masks of each round over newly drawn weights, too",
+        action="store_true",
+    )
     add("one_shot", "prune in one round what prune_rounds rounds would", action="store_true")
     add(
         "train_sparse",

@@ -38,7 +38,8 @@ class RunConfig:
 
     A round lasts `iterations` steps, or `epochs` where that is None, and is evaluated after every
     `every` steps, or every epoch. rewind_step, as in 500it or 1ep, is the k of the θ_k that round 0
-    passes and survivors are rewound to; reinit draws new weights instead; one_shot prunes in one
+    passes, and survivors are rewound to: later rounds train from step k on. reinit trains in each
+    round the control beside the ticket, its masks over weights drawn anew; one_shot prunes in one
     round what prune_rounds rounds would. train_sparse says whether pruned linear layers train as
     block-sparse layers instead of under masks: the same gradients to rounding, in less time.
     """
@@ -122,11 +123,11 @@ class RunConfig:
             self._expect("export_blocksize", expected, smaller)
 
     def expect_rewind_step_within(self, images: int) -> None:
-        """Raises SettingError if round 0, on so many training images, ends before rewind_step."""
+        """Raises SettingError if a round, on so many training images, ends at rewind_step."""
         per_epoch = math.ceil(images / self.bs)
         total = self.iterations or self.epochs * per_epoch
-        within = steps(self.rewind_step, per_epoch) <= total
-        self._expect("rewind_step", f"a step within the {total} of a round", within)
+        within = steps(self.rewind_step, per_epoch) < total
+        self._expect("rewind_step", f"a step before the end of a round, {total} steps", within)
 
     def _expect(self, name: str, expected: str, holds: bool) -> None:
         if not holds:

@@ -25,7 +25,8 @@ from .training import TrainingError, evaluate, make_step
 GROUPS = ("init", "masks", "weights", "optimizer")
 FIELDS = ("round", "epoch", "step", "sparse", "history", "settings")
 Types = Mapping[str, type]
-RECORD: Types = MappingProxyType(  # of an evaluation; the last of a round has a test_accuracy
+CONTROL = "reinit"  # the network of a round's masks whose weights are drawn anew
+RECORD: Types = MappingProxyType(  # of an evaluation; the last of a network has a test_accuracy
     {
         "round": int,
         "epoch": int,
@@ -36,6 +37,7 @@ RECORD: Types = MappingProxyType(  # of an evaluation; the last of a round has a
         "validation_accuracy": float,
         "trained_sparse": list,
         "test_accuracy": float | None,
+        "control": str | None,
     }
 )
 
@@ -49,8 +51,8 @@ class State:
 
     settings: dict  # of the run, as a ticket has them
     round: int  # 0 is the dense network
-    epoch: int  # whole epochs finished in this round
-    step: int  # optimizer steps finished in this round
+    epoch: int  # whole epochs finished
+    step: int  # optimizer steps finished; late rewinding begins a round at step k
     init: Tensors  # what survivors are rewound to, by name: θ₀, or θ_k once it is known
     masks: Masks
     weights: Tensors  # parameters and buffers by name, pruned ones exactly 0
@@ -58,6 +60,8 @@ class State:
     sparse: tuple[str, ...] = ()  # layers that train block-sparse in this round
     optimizer: Tensors = field(default_factory=dict)  # "<parameter>.<key>"; empty before a round
     history: tuple[dict, ...] = ()  # a record for every evaluation
+    # while the control of a round's ticket trains: `generator` at the ticket's start
+    ticket_generator: Tensor | None = None
 
     def model(self) -> nn.Module:
         """The network at this point, under the masks of torch's prune."""
@@ -68,6 +72,8 @@ class State:
     def save(self, path: str | Path) -> None:
         tensors = join_groups(self, GROUPS)
         tensors["generator"] = self.generator
+        if self.ticket_generator is not None:
+            tensors["ticket_generator"] = self.ticket_generator
         save_tensors(path, "state", tensors, {name: getattr(self, name) for name in FIELDS})
 
     @classmethod
@@ -81,9 +87,11 @@ class State:
             if not isinstance(about, dict) or about.keys() != set(FIELDS):
                 raise FormatError(f"expected {', '.join(FIELDS)}, got {about}")
             groups = {name: split_prefix(tensors, name) for name in GROUPS}
-            if len(tensors) != 1 + sum(map(len, groups.values())) or "generator" not in tensors:
+            generators = {n: tensors[n] for n in ("generator", "ticket_generator") if n in tensors}
+            known = len(generators) + sum(map(len, groups.values()))
+            if len(tensors) != known or "generator" not in generators:
                 raise FormatError(f"expected {', '.join(GROUPS)} and generator, got {[*tensors]}")
-            state = cls(**groups, **about, generator=tensors["generator"])
+            state = cls(**groups, **about, **generators)
             state._check(record)
         except (FormatError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: expected the state of a search: {error}") from error
@@ -110,6 +118,8 @@ class State:
             expect_finite("optimizer", self.optimizer)
         try:
             torch.Generator().set_state(self.generator)
+            if self.ticket_generator is not None:
+                torch.Generator().set_state(self.ticket_generator)
         except RuntimeError as error:
             raise FormatError(f"expected the state of a generator: {error}") from error
 
@@ -119,6 +129,14 @@ class Lottery:
 
     def __init__(self, config: RunConfig, data: Dataset):
         self.config, self.data, self.kind = config, data, MODELS[config.model]
+        self.per_epoch = math.ceil(len(data.train.labels) / config.bs)
+        self.steps = config.iterations or config.epochs * self.per_epoch  # of a round, from θ₀ on
+        self.rewind_step = steps(config.rewind_step, self.per_epoch)
+        if self.rewind_step >= self.steps:
+            raise TrainingError(
+                f"expected a --rewind_step before the end of a round, {self.steps} steps, "
+                f"got {config.rewind_step}, which is step {self.rewind_step}"
+            )
 
     def start(self) -> State:
         """A search that has not begun: θ₀ drawn from the seed, nothing pruned."""
@@ -131,19 +149,47 @@ class Lottery:
     def states(self, state: State | None = None) -> Iterator[State]:
         """Goes on from `state`, or from the start, and yields the state after every evaluation.
 
-        The last state of a round carries its test accuracy; the last round's is the ticket.
+        The last state of a round carries its test accuracy; the last round's is the ticket. With
+        reinit, a round trains first the control: the ticket's masks over weights drawn anew. The
+        ticket is the same with it and without.
         """
         state = state or self.start()
         search = search_from(self.config, state)
         for round in search:
             if round > state.round:
-                state = begin_round(state, search)
+                state = self.begin_round(state, search)
                 if self.config.reinit:
-                    state = redraw(state)
+                    state = replace(redraw(state), ticket_generator=state.generator)
                     write_(search.model, state.weights, state.masks)
+            if state.ticket_generator is not None:
+                for state in self.train(search.model, state):  # noqa: B020
+                    yield state
+                state = _begin_ticket(state)
+                write_(search.model, state.weights, state.masks)
             for state in self.train(search.model, state):  # noqa: B020
                 yield state
             search.init = state.init
+
+    @property
+    def evaluations(self) -> list[int]:
+        """How many each round has."""
+        often = self.config.every or self.per_epoch
+        whole = math.ceil(self.steps / often)
+        later = whole * (1 + self.config.reinit) - self.rewind_step // often
+        return [whole] + [later] * self.config.rounds
+
+    def begin_round(self, state: State, search: Search) -> State:
+        """The state of the round that the search has just pruned and rewound for."""
+        return replace(
+            state,
+            round=search.round,
+            epoch=self.rewind_step // self.per_epoch,
+            step=self.rewind_step,
+            masks=search.masks,
+            weights=snapshot(search.model),
+            sparse=(),
+            optimizer={},
+        )
 
     def train(self, model: nn.Module, state: State) -> Iterator[State]:
         """The steps that the round still lacks; yields the state after every evaluation.
@@ -151,22 +197,15 @@ class Lottery:
         model: holds the weights and masks of the state, and in the end those of the last state.
         Evaluations come after every epoch or `config.every` steps, and at the end.
         """
-        config, data = self.config, self.data
-        per_epoch = math.ceil(len(data.train.labels) / config.bs)
-        total = config.iterations or config.epochs * per_epoch
-        rewind_step = steps(config.rewind_step, per_epoch) if state.round == 0 else 0
-        if rewind_step > total:
-            raise TrainingError(
-                f"expected a --rewind_step within the {total} steps of a round, "
-                f"got {config.rewind_step}, which is step {rewind_step}"
-            )
-        lost = 0 < state.step < total and not state.optimizer
-        if lost or state.step > total or state.epoch != state.step // per_epoch:
+        config, data, per_epoch, total = self.config, self.data, self.per_epoch, self.steps
+        first = self.rewind_step if state.round else 0
+        fits = first <= state.step <= total and state.epoch == state.step // per_epoch
+        if not fits or (first < state.step < total and not state.optimizer):
             raise FormatError(
-                f"expected a state within the {total} steps of a round, {per_epoch} an epoch, and "
-                f"its optimizer, got step {state.step} of epoch {state.epoch}"
+                f"expected a state within steps {first} to {total} of a round, {per_epoch} an "
+                f"epoch, and its optimizer, got step {state.step} of epoch {state.epoch}"
             )
-        if state.step == 0:  # a round goes on as it began, whatever this machine would choose
+        if state.step == first:  # a round goes on as it began, whatever this machine would choose
             sparse = [name for name, mask in state.masks.items() if trains_sparse(config, mask)]
             state = replace(state, sparse=tuple(sparse))
         network = _network(model, config.blocksize, state.sparse).to(config.device).train()
@@ -185,7 +224,7 @@ class Lottery:
             epoch_start = generator.get_state()
             for chosen in batches(data.train, config.bs, generator)[step % per_epoch :]:
                 losses, step = losses + take_step(chosen), step + 1
-                if step == rewind_step:
+                if state.round == 0 and step == self.rewind_step:
                     state = replace(state, init=snapshot(network))
                 if step % (config.every or per_epoch) and step != total:
                     continue
@@ -198,6 +237,8 @@ class Lottery:
                     "trained_sparse": [*state.sparse],
                     **self._evaluate(network, float(losses) / (step - since), step == total),
                 }
+                if state.ticket_generator is not None:
+                    record["control"] = CONTROL
                 state = replace(
                     state,
                     epoch=epoch,
@@ -266,27 +307,27 @@ def search_from(
     return search
 
 
-def begin_round(state: State, search: Search) -> State:
-    """The state of the round that the search has just pruned and rewound for."""
-    return replace(
-        state,
-        round=search.round,
-        epoch=0,
-        step=0,
-        masks=search.masks,
-        weights=snapshot(search.model),
-        sparse=(),
-        optimizer={},
-    )
-
-
 def redraw(state: State) -> State:
-    """The state with weights, and so those to rewind to, drawn anew from its generator."""
+    """The state with weights drawn anew from its generator: the paper's control of its masks."""
     generator = torch.Generator()
     generator.set_state(state.generator)
-    init = snapshot(MODELS[state.settings["model"]].new(generator))
-    weights = masked(init, state.masks)
-    return replace(state, init=init, weights=weights, generator=generator.get_state())
+    drawn = snapshot(MODELS[state.settings["model"]].new(generator))
+    weights = masked(drawn, state.masks)
+    return replace(state, weights=weights, generator=generator.get_state())
+
+
+def _begin_ticket(state: State) -> State:
+    """The state of the ticket whose control is trained; without late rewinding, which has none."""
+    return replace(
+        state,
+        epoch=0,
+        step=0,
+        weights=masked(state.init, state.masks),
+        generator=state.ticket_generator,
+        sparse=(),
+        optimizer={},
+        ticket_generator=None,
+    )
 
 
 def trains_sparse(config: RunConfig, mask: Tensor) -> bool:

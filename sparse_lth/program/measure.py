@@ -44,7 +44,7 @@ def summarise(ticket: Ticket, device: str) -> dict:
     flat = masks[0].dim() == 2
     pixels = masks[0].sum(0).view(kind.input_shape[1:]).tolist() if flat else None
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -114,8 +114,10 @@ def _stored(layer: nn.Module) -> int:
     return layer.weight.numel()
 
 
-def _cpu_name() -> str:
-    """What the system calls the processor, or else its architecture."""
+def device_name(device: str) -> str:
+    """What the system calls the GPU ("cuda") or the processor ("cpu"), or its architecture."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

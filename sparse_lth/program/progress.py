@@ -3,16 +3,17 @@
 import json
 import socket
 import time
+from bisect import bisect
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from itertools import accumulate
 from pathlib import Path
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import write
-from .config import RunConfig
-from .lottery import State
+from .lottery import Lottery, State
 
 
 class Console(rich.console.Console):
@@ -28,14 +29,14 @@ def write_metrics(run_dir: Path, records: list[dict]) -> None:
 
 
 def watch(
-    states: Iterator[State], config: RunConfig, start: State, run_dir: Path, console: Console
+    states: Iterator[State], lottery: Lottery, start: State, run_dir: Path, console: Console
 ) -> State:
     """Runs the search to its end, saving each state before the next begins; returns the last.
 
     On a terminal a bar is shown, elsewhere a line is printed for every epoch.
     """
-    total = (config.rounds + 1) * config.epochs
-    curves = _Curves(run_dir / "tensorboard", config, len(start.history), console)
+    ends, epochs = [*accumulate(lottery.evaluations)], lottery.config.epochs
+    curves = _Curves(run_dir / "tensorboard", epochs, len(start.history), console)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -46,20 +47,20 @@ def watch(
     state = start
 
     def doing() -> str:
-        return f"round {min(len(state.history) // config.epochs, config.rounds)}"
+        return f"round {min(bisect(ends, len(state.history)), len(ends) - 1)}"
 
     # an epoch may take minutes, and the time left is judged from those of the last hour
     progress = Progress(
         *columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600
     )
     with progress as bar, closing(curves):
-        task = bar.add_task(doing(), total=total, completed=len(start.history))
+        task = bar.add_task(doing(), total=ends[-1], completed=len(start.history))
         for state in states:
             state.save(run_dir / "state.safetensors")
             write_metrics(run_dir, list(state.history))
             curves.add(state)
             bar.update(task, advance=1, description=doing())
-            if state.epoch == config.epochs or not console.is_terminal:
+            if state.epoch == epochs or not console.is_terminal:
                 console.print(describe(state.history[-1]), highlight=False, soft_wrap=True)
     return state
 
@@ -70,6 +71,7 @@ def describe(record: dict) -> str:
         f"round {record['round']}  epoch {record['epoch']:2}  density {record['density']:7.2%}  "
         f"loss {record['train_loss']:.4f}  validation {record['validation_accuracy']:.2%}"
     )
+    text = f"{text}  {record['control']}" if "control" in record else text
     return f"{text}  test {record['test_accuracy']:.2%}" if "test_accuracy" in record else text
 
 
@@ -80,8 +82,8 @@ class _Curves:
     written here: SummaryWriter has a thread of its own, which ends in a traceback on a full disk.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, step: int, console: Console):
-        self.epochs, self.console, self.records = config.epochs, console, None
+    def __init__(self, folder: Path, epochs: int, step: int, console: Console):
+        self.epochs, self.console, self.records = epochs, console, None
         try:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.summary.writer.record_writer import RecordWriter
@@ -102,11 +104,12 @@ class _Curves:
             return
         from torch.utils.tensorboard import summary
 
-        step = len(state.history)
+        step, control = len(state.history), "control" in state.history[-1]
         try:
             for name, value in state.history[-1].items():
                 if isinstance(value, float):
-                    self._write(step=step, summary=summary.scalar(name, value))
+                    tag = f"{state.history[-1]['control']}/{name}" if control else name
+                    self._write(step=step, summary=summary.scalar(tag, value))
             if state.epoch == self.epochs:
                 for name, mask in state.masks.items():
                     matrix = mask.flatten(1).float()

@@ -28,7 +28,7 @@ KEPT = (59, 130, 246)  # blue, legible on a light page and on a dark one
 # matplotlib writes these colours and the page has them by name: a dark page recolours the plot
 INK, LINE, TEST, VALIDATION = COLOURS = ("#000001", "#000002", "#000003", "#000004")
 NAMES = ("var(--ink)", "var(--line)", "var(--test)", "var(--validation)")
-ROUNDS = ("round", "density", "validation accuracy", "test accuracy")
+REINIT = "reinit_test_accuracy"
 COMPARISON = ("", "dense", "pruned", "pruned is")
 MACHINE = ("threads", "backend", "python", "torch", "triton")
 TONES = dict.fromkeys(("faster", "smaller", "higher"), "good")
@@ -38,7 +38,7 @@ STYLES = {"good": "green", "bad": "red"}
 
 def print_tables(console: Console, ticket: Ticket, summary: dict) -> None:
     """The rounds, and dense against pruned; summary: of `measure.compare` or `summarise`."""
-    _print_table(console, "Accuracy per round", ROUNDS, _round_rows(ticket))
+    _print_table(console, "Accuracy per round", *_rounds_table(ticket))
     lines = [headline(summary)]
     if "rows" in summary:
         _print_table(console, "Dense against pruned", COMPARISON, _comparison_rows(summary))
@@ -66,7 +66,7 @@ def write_page(path: str | Path, ticket: Ticket, summary: dict) -> None:
         context=escape(context(ticket, summary)),
         comparison=comparison,
         plot=_accuracy_figure(ticket.rounds),
-        rounds=_html_table(ROUNDS, _round_rows(ticket)),
+        rounds=_html_table(*_rounds_table(ticket)),
         pixels=_pixels_figure(summary),
         masks="\n".join(_mask_figure(ticket, layer) for layer in summary["layers"]),
         settings="\n".join(
@@ -153,16 +153,16 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:,.0f}{unit}" if value >= 100 else f"{value:g}{unit}"
 
 
-def _round_rows(ticket: Ticket) -> list[tuple[str, ...]]:
-    return [
-        (
-            str(record.get("round", n)),
-            percent(record["density"]),
-            f"{record['validation_accuracy']:.2%}".replace("%", " %"),
-            f"{record['test_accuracy']:.2%}".replace("%", " %"),
-        )
-        for n, record in enumerate(ticket.rounds)
-    ]
+def _rounds_table(ticket: Ticket) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows; with --reinit there is a column of the controls, which round 0 has not."""
+    names = ["validation_accuracy", "test_accuracy"]
+    names += [REINIT] if any(REINIT in record for record in ticket.rounds) else []
+    rows = []
+    for n, record in enumerate(ticket.rounds):
+        accuracies = (f"{record[name]:.2%}" if name in record else "" for name in names)
+        cells = (accuracy.replace("%", " %") for accuracy in accuracies)
+        rows.append((str(record.get("round", n)), percent(record["density"]), *cells))
+    return ("round", "density", *(name.replace("_", " ") for name in names)), rows
 
 
 def _comparison_rows(summary: dict) -> list[tuple[str, ...]]:

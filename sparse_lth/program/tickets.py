@@ -7,17 +7,24 @@ from torch import nn
 from ..files import FormatError
 from ..ticket import Ticket, TicketError
 from ..weights import prunable, write_
-from .lottery import State, expect_of_run, run_config
+from .lottery import CONTROL, State, expect_of_run, run_config
 from .models import MODELS
 
 
 def make_ticket(state: State) -> Ticket:
-    """The ticket of a round that is trained and tested."""
-    rounds = tuple(record for record in state.history if "test_accuracy" in record)
+    """The ticket of a round that is trained and tested; its rounds tell of their controls, too."""
+    rounds, control = [], {}
+    for record in state.history:
+        if "control" in record:
+            accuracies = ("validation_accuracy", "test_accuracy")
+            control = {f"{CONTROL}_{name}": record.get(name) for name in accuracies}
+        elif "test_accuracy" in record:
+            rounds.append(record | control)
+            control = {}
     trained = {name: weight.cpu().clone() for name, weight in state.weights.items()}
     model = MODELS[state.settings["model"]].empty()
     dense = prunable(model, state.settings["blocksize"]).dense
-    return Ticket(state.init, state.masks, trained, rounds, dense, state.settings)
+    return Ticket(state.init, state.masks, trained, tuple(rounds), dense, state.settings)
 
 
 def load_ticket(path: str | Path) -> Ticket:
