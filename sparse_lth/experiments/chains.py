@@ -8,16 +8,15 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from ..masks import densities_after
 from ..program.config import RunConfig
 from ..program.data import Dataset
-from ..program.lottery import Lottery, State, redraw, search_from
+from ..program.lottery import Lottery, State, search_from
 from ..program.models import MODELS, NARROW
 from ..program.tickets import dense_network, make_ticket, sparse_network
 from ..saving import save_sparse
-from ..weights import masked, prunable, snapshot, write_
+from ..weights import prunable, write_
+from .controls import CONTROLS
 
 RATE, LAST = 0.2, 15  # the paper prunes 20 % in each round; after 15 are left 3.6 %
 TICKET = "winning ticket"
@@ -80,34 +79,14 @@ METHODS = {
     "learning-rate rewinding": Method(late=True, rewind="weights"),
     # the paper's learning rate is constant, so there is no low one at its end to go on with
     "fine-tuning": Method(late=True, rewind="weights", lr=1.2e-4),
-    "dense": Method(),
+    "dense": Method(),  # the narrower networks
 }
-
-
-def scatter_masks(state: State) -> State:
-    """The state with masks that keep as many weights of each layer, at random."""
-    generator = torch.Generator()
-    generator.set_state(state.generator)
-    masks = {}
-    for name, mask in state.masks.items():
-        order = torch.randperm(mask.numel(), generator=generator)
-        masks[name] = mask.flatten()[order].view(mask.shape)
-    weights = masked(state.init, masks)
-    return replace(state, masks=masks, weights=weights, generator=generator.get_state())
-
-
-def reset(state: State) -> State:
-    """The state with θ₀ under its masks, to be trained from step 0."""
-    first = torch.Generator().manual_seed(state.settings["seed"])
-    init = snapshot(MODELS[state.settings["model"]].new(first))
-    return replace(state, epoch=0, step=0, init=init, weights=masked(init, state.masks))
-
-
-CONTROLS = {  # networks that are trained beside a chain's own, from its masks of the same round
-    "random reinit": redraw,
-    "random mask": scatter_masks,
-    "continued training": reset,  # of masks found without rewinding: the paper's appendix B
+UNREWOUND = "continued training"
+BESIDE = {  # the controls of a chain
+    TICKET: tuple(name for name in CONTROLS if name != UNREWOUND),
+    "learning-rate rewinding": (UNREWOUND,),
 }
+NETWORKS = (*METHODS, "blocks", *CONTROLS)  # what can be trained; blocks are tickets, too
 
 
 @dataclass(frozen=True)
@@ -220,21 +199,18 @@ def record_of(density: float, step: int, losses: dict, accuracies: dict) -> dict
     return {"density": density, "step": step, **rounded, **accuracies}
 
 
-def grid(plan: Plan, replicates: int, methods: Sequence[str] | None = None) -> list[Chain]:
-    """All chains, or those of these methods, the longest first; blocks are tickets, too."""
+def grid(plan: Plan, replicates: int, networks: Sequence[str] = NETWORKS) -> list[Chain]:
+    """The chains of these networks, the longest first."""
     chains = []
-    controls = {
-        TICKET: ("random reinit", "random mask"),
-        "learning-rate rewinding": ("continued training",),
-    }
     for replicate in range(replicates):
-        for method in (name for name in METHODS if name != "dense"):
-            chains.append(Chain(method, replicate, plan.levels, controls=controls.get(method, ())))
-        for blocksize in BLOCKSIZES:
-            chains.append(Chain(TICKET, replicate, plan.levels, blocksize))
-        chains += [Chain("dense", replicate, (), model=model) for model in NARROW]
-    chosen = [chain for chain in chains if chain.method in (methods or METHODS)]
-    return sorted(chosen, key=lambda chain: -len(chain.levels) * (1 + len(chain.controls)))
+        for method in (name for name in METHODS if name in networks and name != "dense"):
+            controls = tuple(name for name in BESIDE.get(method, ()) if name in networks)
+            chains.append(Chain(method, replicate, plan.levels, controls=controls))
+        if "blocks" in networks:
+            chains += [Chain(TICKET, replicate, plan.levels, size) for size in BLOCKSIZES]
+        if "dense" in networks:
+            chains += [Chain("dense", replicate, (), model=model) for model in NARROW]
+    return sorted(chains, key=lambda chain: -len(chain.levels) * (1 + len(chain.controls)))
 
 
 def run_chain(

@@ -1,4 +1,4 @@
-"""The paper's figures, drawn from the results file alone.
+"""The paper's figures, drawn from the results alone; a network that was not trained is left out.
 
 Points are means over the replicates, bars reach from the least of them to the greatest.
 """
@@ -10,7 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .results import ResultsError, Training, early_stop, select
+from .measures import (
+    EARLY_ACCURACY,
+    EARLY_ITERATION,
+    EARLY_TRAIN_ACCURACY,
+    END_ACCURACY,
+    END_TRAIN_ACCURACY,
+    START_ACCURACY,
+    Measure,
+)
+from .results import Training, select
 
 COLOURS = {  # Okabe and Ito's: distinct to the colour-blind too
     "winning ticket": "#0072b2",
@@ -20,6 +29,11 @@ COLOURS = {  # Okabe and Ito's: distinct to the colour-blind too
     "late rewinding": "#cc79a7",
     "learning-rate rewinding": "#56b4e9",
     "fine-tuning": "#e69f00",
+    "continued training": "#009e73",
+    "reinit from the ticket": "#e69f00",
+    "pruned before training": "#000000",
+    "noise of 0.5 std": "#56b4e9",
+    "noise of 3 std": "#cc79a7",
     "1x1": "#0072b2",
     "16x1": "#009e73",
     "16x4": "#e69f00",
@@ -27,50 +41,17 @@ COLOURS = {  # Okabe and Ito's: distinct to the colour-blind too
     "dense": "#000000",
 }
 TICKET = {"method": "winning ticket", "blocksize": "1x1"}
-Measure = Callable[[Training], float]
-
-
-def early_accuracy(training: Training) -> float:
-    """Test accuracy at the early stop, in percent."""
-    return 100 * early_stop(training)["test_accuracy"]
-
-
-def early_iteration(training: Training) -> float:
-    return early_stop(training)["iteration"]
-
-
-def start_accuracy(training: Training) -> float:
-    """Test accuracy before any training, in percent."""
-    return 100 * training[0]["test_accuracy"]
-
-
-def end_accuracy(training: Training) -> float:
-    """Test accuracy after all iterations, in percent."""
-    return 100 * training[-1]["test_accuracy"]
-
-
-def tenth_accuracy(training: Training) -> float:
-    """Test accuracy after a tenth of the iterations, or where it is next known, in percent."""
-    tenth = training[-1]["iteration"] / 10
-    known = (r for r in training if r["iteration"] >= tenth and r["test_accuracy"] is not None)
-    return 100 * next(known)["test_accuracy"]
 
 
 def curves(trainings: list[Training]) -> Figure:
     """Test accuracy against iteration: tickets of several P_m; one beside its controls."""
     figure, (left, right) = _panels(2)
-    networks = select(trainings, **TICKET)
-    for density, colour in (
-        (1, "#000000"),
-        (0.513, "#56b4e9"),
-        (0.211, "#0072b2"),
-        (0.036, "#d55e00"),
-    ):
-        network = nearest(networks, density)
-        _curve(left, network, f"{100 * network[0][0]['density']:.1f} %", colour)
+    for round, colour in ((0, "#000000"), (3, "#56b4e9"), (7, "#0072b2"), (15, "#d55e00")):
+        for network in select(trainings, **TICKET, round=round):
+            _curve(left, network, f"{100 * network[0][0]['density']:.1f} %", colour)
     for method in ("winning ticket", "random reinit", "random mask"):
-        network = nearest(select(trainings, method=method, blocksize="1x1"), 0.211)
-        _curve(right, network, method, COLOURS[method])
+        for network in select(trainings, method=method, blocksize="1x1", round=7):
+            _curve(right, network, method, COLOURS[method])
     for axes, title in ((left, "winning tickets"), (right, "at 21.1 %")):
         _label(axes, title, "iteration", "test accuracy (%)")
         _from_top(axes, 4)
@@ -83,9 +64,9 @@ def methods(*names: str) -> Callable[[list[Training]], Figure]:
     def draw(trainings: list[Training]) -> Figure:
         figure, panels = _panels(3)
         measures = {
-            "early-stop iteration": early_iteration,
-            "test accuracy at early stop (%)": early_accuracy,
-            "test accuracy at the end (%)": end_accuracy,
+            "early-stop iteration": EARLY_ITERATION,
+            "test accuracy at early stop (%)": EARLY_ACCURACY,
+            "test accuracy at the end (%)": END_ACCURACY,
         }
         for axes, (label, measure) in zip(panels, measures.items(), strict=True):
             for name in names:
@@ -97,12 +78,25 @@ def methods(*names: str) -> Callable[[list[Training]], Figure]:
     return draw
 
 
+def training_accuracy(trainings: list[Training]) -> Figure:
+    """Training accuracy at the early stop and at the end against P_m."""
+    figure, panels = _panels(2)
+    for axes, where, measure in zip(
+        panels, ("early stop", "the end"), (EARLY_TRAIN_ACCURACY, END_TRAIN_ACCURACY), strict=True
+    ):
+        for name in ("winning ticket", "random reinit", "random mask"):
+            networks = select(trainings, method=name, blocksize="1x1")
+            _against_density(axes, networks, measure, name)
+        _label(axes, "", "weights kept (%)", f"training accuracy at {where} (%)")
+    return figure
+
+
 def untrained(trainings: list[Training]) -> Figure:
     """Test accuracy of mask and weights alone, before any training, against P_m."""
     figure, (axes,) = _panels(1)
     for name in ("winning ticket", "late rewinding", "random reinit", "random mask"):
         networks = select(trainings, method=name, blocksize="1x1")
-        _against_density(axes, networks, start_accuracy, name)
+        _against_density(axes, networks, START_ACCURACY, name)
     axes.axhline(10, color="#999999", linewidth=0.8, linestyle=":")
     _label(axes, "before any training", "weights kept (%)", "test accuracy (%)")
     return figure
@@ -114,7 +108,7 @@ def blocks(trainings: list[Training]) -> Figure:
     speed = axes.twinx()
     for name in ("1x1", "16x1", "16x4", "16x16"):
         networks = select(trainings, method="winning ticket", blocksize=name)
-        _against_density(axes, networks, early_accuracy, name)
+        _against_density(axes, networks, EARLY_ACCURACY, name)
         measured = [n[0][-1] for n in networks if n[0][-1]["speedup"]]
         density = [100 * row["density"] for row in measured]
         speedup = [row["speedup"] for row in measured]
@@ -145,13 +139,6 @@ def latency(trainings: list[Training]) -> Figure:
 def dense_networks(trainings: list[Training]) -> list[list[Training]]:
     """The dense network and the narrower ones."""
     return select(trainings, **TICKET)[:1] + select(trainings, method="dense")
-
-
-def nearest(networks: list[list[Training]], density: float) -> list[Training]:
-    """The network whose density is nearest to this; ResultsError where there is none."""
-    if not networks:
-        raise ResultsError("expected results of the whole grid, got none of a network to be drawn")
-    return min(networks, key=lambda network: abs(network[0][0]["density"] - density))
 
 
 def _panels(count: int, width: float = 4.6) -> tuple[Figure, Sequence[Axes]]:
@@ -185,7 +172,7 @@ def _against_density(
 def _against_latency(axes: Axes, networks: list[list[Training]], label: str, colour: str) -> None:
     measured = [network for network in networks if network[0][-1]["latency_us"]]
     x = [network[0][-1]["latency_us"] for network in measured]
-    _bars(axes, x, measured, early_accuracy, label, colour)
+    _bars(axes, x, measured, EARLY_ACCURACY, label, colour)
 
 
 def _bars(
@@ -197,7 +184,7 @@ def _bars(
     colour: str,
 ) -> None:
     """Means joined by a line, with a bar from the least replicate to the greatest."""
-    values = [[measure(training) for training in network] for network in networks]
+    values = [[measure.of(training) for training in network] for network in networks]
     y = [mean(v) for v in values]
     errors = [[m - min(v) for m, v in zip(y, values, strict=True)]]
     errors += [[max(v) - m for m, v in zip(y, values, strict=True)]]
@@ -206,7 +193,10 @@ def _bars(
 
 def _from_top(axes: Axes, points: float) -> None:
     """Shows so many points of accuracy: below are networks that have hardly learned."""
-    top = max(max(line.get_ydata()) for line in axes.get_lines())
+    tops = [max(line.get_ydata()) for line in axes.get_lines() if len(line.get_ydata())]
+    if not tops:
+        return
+    top = max(tops)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, top - points), min(high, top + points / 10))
 

@@ -11,16 +11,26 @@ from matplotlib.figure import Figure
 
 from ..files import write
 from . import figures
-from .claims import FAILS, HOLDS, NOISE, Claim, cut_off, judge
+from .claims import BEYOND
+from .controls import CONTROLS
+from .evidence import FAILS, FEWEST, HOLDS, LEVEL, UNDECIDED, UNTESTED
+from .measures import NEAR_END, POINTS, SHARE, is_censored
 from .results import Training
+from .verdicts import Claim, judge
 
+OTHERS = tuple(name for name in CONTROLS if name not in ("random reinit", "random mask"))
 FIGURES = {  # name: (title, drawing)
     "curves": ("Test accuracy against iteration", figures.curves),
     "controls": (
         "Winning tickets and their controls",
         figures.methods("winning ticket", "random reinit", "random mask"),
     ),
+    "training": ("Training accuracy", figures.training_accuracy),
     "one-shot": ("One-shot and iterative pruning", figures.methods("winning ticket", "one-shot")),
+    "initialisations": (
+        "Other initialisations and other masks",
+        figures.methods("winning ticket", "random reinit", *OTHERS),
+    ),
     "rewinding": (
         "What pruned weights start from",
         figures.methods(
@@ -31,7 +41,7 @@ FIGURES = {  # name: (title, drawing)
     "blocks": ("Blocks: accuracy and speed against density", figures.blocks),
     "latency": ("Accuracy against measured latency", figures.latency),
 }
-TONES = {HOLDS: "good", FAILS: "bad", NOISE: ""}
+TONES = {HOLDS: "good", FAILS: "bad", UNDECIDED: "", UNTESTED: ""}
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -76,10 +86,13 @@ def write_page(trainings: list[Training], folder: Path) -> Path:
             f"<h2>{escape(title)}</h2>\n"
             f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{source}">\n{table}'
         )
-    held, failed, noise = (sum(claim.verdict == v for claim in claims) for v in TONES)
+    counts = [sum(claim.verdict == verdict for claim in claims) for verdict in TONES]
+    held, failed, undecided, untested = counts
+    untested += len(BEYOND)
+    sections.append(_beyond())
     page = PAGE.substitute(
-        headline=f"Of {len(claims)} claims {held} hold, {failed} do not, "
-        f"and in {noise} the difference is within noise.",
+        headline=f"Of {len(claims) + len(BEYOND)} claims {held} hold, {failed} do not, "
+        f"{undecided} are not decided and {untested} not tested.",
         context=escape(_context(trainings)),
         sections="\n".join(sections),
     )
@@ -91,14 +104,16 @@ def _context(trainings: list[Training]) -> str:
     """What was run, where, and what the verdicts and bars mean."""
     replicates = len({rows[0]["replicate"] for rows in trainings})
     seeds = f"seeds 0 to {replicates - 1}" if replicates > 1 else "seed 0 alone, without noise"
-    late, total = cut_off(trainings)
+    late = sum(map(is_censored, trainings))
     text = (
-        f"{trainings[0][-1]['iteration']:,.0f} iterations for each of {total} networks, {seeds}. "
-        f"The early stop is the iteration of least validation loss; {late} networks were still at "
-        "it when training ended, and would have gone on learning. A claim holds, or does not, "
-        "where all replicates agree on the sign of the difference; else it is within noise. The "
-        "difference is given as the mean, and from the least replicate to the greatest, as are "
-        "the bars."
+        f"{trainings[0][-1]['iteration']:,.0f} iterations for each of {len(trainings)} networks, "
+        f"{seeds}. The early stop is the iteration of least validation loss; {late} networks had "
+        f"it in the last {1 - NEAR_END:.0%} of training, and might have gone on learning: a claim "
+        "about the early stop of such a network is not decided. Networks of the same seed are "
+        "compared: the difference is the mean over the seeds, with its 95 % interval. A verdict "
+        f"is that of a t test, at {LEVEL} for all claims together (Holm), from {FEWEST} seeds on. "
+        f"A difference is little up to {POINTS} points of accuracy, or {SHARE:.0%} of the "
+        "iterations. The bars of the figures are from the least seed to the greatest."
     )
     measured = [rows[-1] for rows in trainings if rows[-1]["device"]]
     if measured:
@@ -108,6 +123,12 @@ def _context(trainings: list[Training]) -> str:
         text += "in one call, as tickets do, whichever is faster. A ticket is clearly faster where "
         text += "its 80th percentile is below the dense network's 20th."
     return text
+
+
+def _beyond() -> str:
+    """What is not tested, as a section."""
+    items = "".join(f"<li>{escape(claim)} {escape(why)}</li>\n" for claim, why in BEYOND)
+    return f"<h2>Not tested</h2>\n<ul>\n{items}</ul>"
 
 
 def _table(claims: list[Claim]) -> str:

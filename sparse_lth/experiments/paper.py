@@ -26,9 +26,8 @@ from ..saving import load_sparse
 from ..sequential import SparseSequential
 from ..timing import in_turn
 from . import results
-from .chains import METHODS, ROW, TICKET, Chain, Plan, chain_path, grid, is_measured, network_path
+from .chains import NETWORKS, ROW, TICKET, Chain, Plan, chain_path, grid, is_measured, network_path
 from .engine import EngineError, run_pool, run_ray
-from .page import write_page
 from .stack import run_stacked
 
 
@@ -65,7 +64,7 @@ def paper(flags: argparse.Namespace) -> None:
     plan = replace(plan, curves=find_spec("tensorboard") is not None)
     if not plan.curves:
         print("no TensorBoard curves: pip install tensorboard to have them")
-    chains = grid(plan, flags.replicates, flags.methods)
+    chains = grid(plan, flags.replicates, flags.networks)
     print(f"{len(chains)} chains of {plan.iterations} iterations a round in {folder}", flush=True)
     try:
         if plan.device == "cuda":
@@ -149,7 +148,17 @@ def measure(folder: Path) -> None:
 
 def draw(folder: Path) -> None:
     """Writes the figures and the page, from the files of results alone."""
+    from .page import write_page  # matplotlib and statsmodels: a worker needs neither
+
     print(f"page: {write_page(results.read(folder), folder)}")
+
+
+def tell(flags: argparse.Namespace) -> None:
+    """Prints every verdict, derived anew from the files of results."""
+    from .verdicts import judge
+
+    for claim in judge(results.read(flags.results)):
+        print(f"{claim.verdict}: {claim.text}\n    {claim.measured}")
 
 
 def remeasure(flags: argparse.Namespace) -> None:
@@ -167,7 +176,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--full", action="store_true", help="the paper's 50,000 iterations and every round")
     add("--iterations", type=_positive, help="of each round (default: 5000, with --full 50000)")
     add("--replicates", type=_positive, default=5, help="seeds from 0 on (default: 5)")
-    add("--methods", nargs="+", choices=METHODS, help="train these alone (default: all)")
+    add(
+        "--networks",
+        nargs="+",
+        choices=NETWORKS,
+        default=NETWORKS,
+        metavar="NAME",
+        help=f"train these alone; a control with its chain (default: {', '.join(NETWORKS)})",
+    )
     add(
         "--results",
         type=Path,
@@ -201,6 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, run, help in (
         ("measure", remeasure, "time the networks of a results folder on this machine, and draw"),
         ("plot", lambda flags: draw(flags.results), "draw the figures and the page again"),
+        ("claims", tell, "print each claim, what was measured, and its verdict"),
     ):
         command = commands.add_parser(name, help=help)
         command.add_argument("results", type=Path, help="a folder that holds results.csv")
