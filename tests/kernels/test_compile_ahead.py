@@ -13,7 +13,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from sparse_lth.kernels import linear_triton, sddmm_triton, tiles  # noqa: E402
 
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-INDICES = ["crow_ptr", "col_ptr", "order_ptr", "ccol_ptr", "t_row_ptr", "t_slot_ptr"]
+INDICES = ["crow_ptr", "row_ptr", "col_ptr", "order_ptr", "ccol_ptr", "t_row_ptr", "t_slot_ptr"]
 UNSPECIALIZED = ["batch", "block_rows", "block_cols"]
 KERNELS = {
     "linear": linear_triton._linear_kernel,
@@ -166,4 +166,13 @@ def test_sums_in_parts(arch, op, tmp_path):
     reduce = linear_triton._reduce_kernel
     options, parts = {"enable_fp_fusion": True}, ("parts_ptr",)
     compiled = Compiled(reduce, "float16", arch, constants, options, wide=parts)
+    assert compiled.spilled_bytes(tmp_path) == 0
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("block", [(1, 1), (128, 16)])
+def test_unpacking(arch, block, tmp_path):
+    constants = {"R": block[0], "C": block[1], "BLOCK": 1024}
+    kernel = linear_triton._to_dense_kernel
+    compiled = Compiled(kernel, "bfloat16", arch, constants, {})
     assert compiled.spilled_bytes(tmp_path) == 0
