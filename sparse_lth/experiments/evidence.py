@@ -27,12 +27,12 @@ def weigh(differences: Sequence[float], low: float = -np.inf, high: float = np.i
     """Of the claim that the mean difference is between these bounds.
 
     The claim needs both one-sided tests, its opposite either of them (so that is counted twice);
-    p is that of the likelier, doubled for having looked at both. Equal differences have no spread
-    to judge by: p is 1.
+    p is that of the likelier, doubled for having looked at both. Differences that are equal but for
+    rounding have no spread to judge by: p is 1.
     """
     mean = float(np.mean(differences))
     bounds = [(b, side) for b, side in ((low, "greater"), (high, "less")) if np.isfinite(b)]
-    if len(differences) < 2 or np.ptp(differences) == 0:
+    if len(differences) < 2 or np.ptp(differences) < 1e-9:
         return Evidence(mean, (mean, mean), 1.0, low < mean < high)
     within = [float(ttest_1samp(differences, b, alternative=side).pvalue) for b, side in bounds]
     holds, fails = max(within), len(within) * min(1 - p for p in within)
