@@ -8,6 +8,7 @@ from sparse_lth.experiments.evidence import FAILS, HOLDS, UNDECIDED, UNTESTED, d
 from sparse_lth.experiments.measures import is_censored
 from sparse_lth.experiments.results import MACHINE, TIMES
 from sparse_lth.experiments.verdicts import Evidence, judge
+from tests.made_up import NUMBERS, ROUNDS, TICKET, number, row, trainings
 
 INF = float("inf")
 
@@ -58,19 +59,14 @@ def test_a_family_is_decided_by_holms_method():
     assert decide([]) == []
 
 
-def _row(iteration, validation_loss, test, train):
-    row = {"iteration": iteration, "validation_loss": validation_loss}
-    return row | {"test_accuracy": test, "train_accuracy": train}
-
-
 TRAINING = [
-    _row(0, 3.0, 0.11, None),
-    _row(10, 2.5, 0.31, None),
-    _row(50, 2.0, None, None),  # a tenth, which is not tested
-    _row(60, 1.9, 0.52, None),
-    _row(300, 0.5, 0.83, 0.86),
-    _row(400, 0.5, 0.84, 0.87),  # as low, and later
-    _row(500, 0.9, 0.75, 0.99),
+    row(0, 3.0, 0.11, None),
+    row(10, 2.5, 0.31, None),
+    row(50, 2.0, None, None),  # a tenth, which is not tested
+    row(60, 1.9, 0.52, None),
+    row(300, 0.5, 0.83, 0.86),
+    row(400, 0.5, 0.84, 0.87),  # as low, and later
+    row(500, 0.9, 0.75, 0.99),
 ]
 
 
@@ -87,7 +83,7 @@ TRAINING = [
         ("END_GAP", 24, "24.00 %", "+24.00 points"),
     ],
 )
-def test_each_measure_reads_its_own_number(name, value, written, difference):
+def test_each_measure_reads_its_ownnumber(name, value, written, difference):
     measure = getattr(measures, name)
     assert measure.of(TRAINING) == pytest.approx(value)
     assert measure.value.format(value) == written
@@ -100,80 +96,8 @@ def test_each_measure_reads_its_own_number(name, value, written, difference):
     ("last", "expected"), [(420, True), (421, True), (422, False), (401, True)]
 )
 def test_an_early_stop_in_the_last_twentieth_is_censored(last, expected):
-    training = [_row(0, 3.0, 0, 0), _row(400, 1.0, 0, 0), _row(last, 2.0, 0, 0)]
+    training = [row(0, 3.0, 0, 0), row(400, 1.0, 0, 0), row(last, 2.0, 0, 0)]
     assert is_censored(training) == expected
-
-
-TICKET = "winning ticket"
-METHODS = {  # made-up results: a number for every method, and one for every round
-    TICKET: 3,
-    "random reinit": 1,
-    "random mask": 6,
-    "one-shot": 5,
-    "late rewinding": 2,
-    "continued training": 12,
-    "reinit from the ticket": 4,
-    "pruned before training": 8,
-    "noise of 0.5 std": 9,
-    "noise of 3 std": 10,
-}
-ROUNDS = {0: (0, 1.0), 3: (2, 0.513), 7: (4, 0.211), 9: (5, 0.135), 15: (8, 0.036)}
-
-
-def _number(method, round):
-    return 5 * METHODS[method] + round if round else 41
-
-
-NUMBERS = {  # what each measure reads, without noise, of a network with this number
-    "EARLY_ITERATION": lambda n: 500 + 5 * n,
-    "EARLY_ACCURACY": lambda n: 70 + 0.11 * n,
-    "EARLY_TRAIN_ACCURACY": lambda n: 75 + 0.12 * n,
-    "START_ACCURACY": lambda n: 20 + 0.13 * n,
-    "TENTH_ACCURACY": lambda n: 60 + 0.14 * n,
-    "END_ACCURACY": lambda n: 80 - 0.15 * n,
-    "END_TRAIN_ACCURACY": lambda n: 90 - 0.07 * n,
-    "END_GAP": lambda n: 10 + 0.08 * n,
-}
-
-
-def _trainings(seeds=5):
-    for method in METHODS:
-        for round, (prunings, density) in ROUNDS.items():
-            if round == 0 and method != TICKET:
-                continue
-            for seed in range(seeds):
-                n, noise = _number(method, round), (0.004, -0.007, 0.001, 0.005, -0.003)
-                wobble = noise[(seed * (n % 4 + 1) + n) % 5]
-                steps = {
-                    0: ("START_ACCURACY", None, 3.0),
-                    100: (None, None, 2.5),
-                    200: ("TENTH_ACCURACY", None, 2.0),
-                    NUMBERS["EARLY_ITERATION"](n) + 100 * wobble: (
-                        "EARLY_ACCURACY",
-                        "EARLY_TRAIN_ACCURACY",
-                        1.0,
-                    ),
-                    2000: ("END_ACCURACY", "END_TRAIN_ACCURACY", 1.5),
-                }
-                yield [
-                    {
-                        **_row(step, loss, *(_accuracy(name, n, wobble) for name in names)),
-                        "method": method,
-                        "model": "lenet-300-100",
-                        "blocksize": "1x1",
-                        "replicate": seed,
-                        "round": round,
-                        "prunings": prunings,
-                        "density": density,
-                        **dict.fromkeys((*TIMES, *MACHINE)),
-                    }
-                    for step, (*names, loss) in steps.items()
-                ]
-
-
-def _accuracy(measure, n, wobble):
-    wobble *= 2 if measure and "TRAIN" in measure else 1  # so that the gap has a spread, too
-    return (NUMBERS[measure](n) + wobble) / 100 if measure else None
 
 
 DENSE, HALF, FIFTH, EIGHTH, LEAST = ((TICKET, round) for round in ROUNDS)
@@ -324,7 +248,7 @@ EXPECTED = {  # as the paper has them, written down a second time: how a claim b
 
 @pytest.fixture(scope="module")
 def judged():
-    return judge([*_trainings()])
+    return judge([*trainings()])
 
 
 def test_every_claim_is_expected_and_no_other(judged):
@@ -337,7 +261,7 @@ def test_every_claim_is_expected_and_no_other(judged):
 def test_a_claim_is_judged_by_its_own_numbers(judged, start):
     measure, first, second, kind = EXPECTED[start]
     (claim,) = (claim for claim in judged if claim.text.startswith(start))
-    means = [NUMBERS[measure](_number(*network)) for network in (first, second)]
+    means = [NUMBERS[measure](number(*network)) for network in (first, second)]
     form, unit, tolerance = (
         ("{:,.0f}", " iterations", 1)
         if measure == "EARLY_ITERATION"
@@ -362,8 +286,8 @@ def test_a_claim_is_judged_by_its_own_numbers(judged, start):
     assert claim.verdict == (HOLDS if holds else FAILS), claim
 
 
-def _claim(trainings, start):
-    (claim,) = (claim for claim in judge(trainings) if claim.text.startswith(start))
+def _claim(found, start):
+    (claim,) = (claim for claim in judge(found) if claim.text.startswith(start))
     return claim
 
 
@@ -372,13 +296,13 @@ def _is_of(training, method, round):
 
 
 def test_four_seeds_decide_nothing():
-    claims = judge([*_trainings(seeds=4)])
+    claims = judge([*trainings(seeds=4)])
     assert {claim.verdict for claim in claims} == {UNDECIDED}
     assert all("of 4 seeds where 5 are needed" in claim.measured for claim in claims)
 
 
 def test_a_network_that_was_not_run_leaves_its_claims_untested():
-    some = [t for t in _trainings() if t[0]["method"] != "one-shot"]
+    some = [t for t in trainings() if t[0]["method"] != "one-shot"]
     claims = judge(some)
     untested = {claim.text for claim in claims if claim.verdict == UNTESTED}
     assert untested == {pair.text for pair in PAIRS if pair.figure == "one-shot"}
@@ -386,10 +310,10 @@ def test_a_network_that_was_not_run_leaves_its_claims_untested():
 
 
 def test_a_claim_of_the_early_stop_of_a_network_that_was_still_learning_is_not_decided():
-    trainings = [*_trainings()]
-    (late,) = (t for t in trainings if _is_of(t, TICKET, 7) and t[0]["replicate"] == 3)
+    whole = [*trainings()]
+    (late,) = (t for t in whole if _is_of(t, TICKET, 7) and t[0]["replicate"] == 3)
     late[-2]["iteration"] = 1900  # of 2000
-    verdicts = {c.text: c for c in judge(trainings)}
+    verdicts = {c.text: c for c in judge(whole)}
     for pair in PAIRS:
         claim = verdicts[pair.text]
         if (TICKET, 7) in (pair.first, pair.second) and pair.measure.early:
@@ -401,10 +325,10 @@ def test_a_claim_of_the_early_stop_of_a_network_that_was_still_learning_is_not_d
 
 def test_networks_are_compared_seed_by_seed():
     """Whatever the order of the file; a seed that only one of them has does not count."""
-    trainings = [*_trainings(seeds=6)]
+    whole = [*trainings(seeds=6)]
     start = "At 21.1 % the ticket is more accurate than a random mask"
-    whole = _claim([t for t in trainings if t[0]["replicate"] != 2], start)
-    lacking = [t for t in trainings if not (_is_of(t, TICKET, 7) and t[0]["replicate"] == 2)]
+    without = _claim([t for t in whole if t[0]["replicate"] != 2], start)
+    lacking = [t for t in whole if not (_is_of(t, TICKET, 7) and t[0]["replicate"] == 2)]
     assert (
         _claim(lacking[::-1], start).measured.partition(", p")[0]
         == (whole.measured.partition(", p")[0])
@@ -415,11 +339,11 @@ def _timed(model, blocksize, round, accuracy, p20, p50, p80):
     """Five trainings of a network that was timed."""
     for seed in range(5):
         wobble = (0.001, -0.002, 0.0, 0.002, -0.0005)[(seed * (len(model) % 4 + 1) + round) % 5]
-        rows = [_row(0, 3.0, 0.1, 0.1), _row(500, 1.0, accuracy + wobble, 1), _row(900, 2.0, 0, 1)]
+        rows = [row(0, 3.0, 0.1, 0.1), row(500, 1.0, accuracy + wobble, 1), row(900, 2.0, 0, 1)]
         network = {"method": "dense" if "-" in model else TICKET, "model": model}
         network |= {"blocksize": blocksize, "replicate": seed, "round": round}
         network |= {"prunings": round, "density": 0.8**round, **dict.fromkeys((*TIMES, *MACHINE))}
-        rows = [row | network for row in rows]
+        rows = [evaluation | network for evaluation in rows]
         if seed == 0:
             rows[-1] |= {"latency_us": p50, "latency_p20_us": p20, "latency_p80_us": p80}
         yield rows
