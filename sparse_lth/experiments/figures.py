@@ -127,7 +127,8 @@ def latency(trainings: list[Training]) -> Figure:
     figure, (axes,) = _panels(1, width=7)
     for name in ("1x1", "16x1", "16x4", "16x16"):
         networks = select(trainings, method="winning ticket", blocksize=name)
-        _against_latency(axes, networks[1:], f"ticket, {name}", COLOURS[name])
+        pruned = [network for network in networks if network[0][0]["round"]]
+        _against_latency(axes, pruned, f"ticket, {name}", COLOURS[name])
     _against_latency(axes, dense_networks(trainings), "dense, narrower", COLOURS["dense"])
     axes.set_xscale("log")
     _plain(axes.xaxis)
@@ -138,7 +139,8 @@ def latency(trainings: list[Training]) -> Figure:
 
 def dense_networks(trainings: list[Training]) -> list[list[Training]]:
     """The dense network and the narrower ones."""
-    return select(trainings, **TICKET)[:1] + select(trainings, method="dense")
+    dense = select(trainings, method="winning ticket", round=0)
+    return dense[:1] + select(trainings, method="dense")
 
 
 def _panels(count: int, width: float = 4.6) -> tuple[Figure, Sequence[Axes]]:
