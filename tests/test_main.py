@@ -14,10 +14,18 @@ import pytest
 import main
 from sparse_lth import SparseConv2d, SparseLinear, Ticket, load_sparse
 from sparse_lth.program import data, measure
+from sparse_lth.program.flags import build_parser, command_of, flags_of, new_config
 from sparse_lth.program.folder import owned
 
 ROOT = Path(main.__file__).parent
 QUICK = ["--dataset", "digits", "--epochs", "1", "--prune_rounds", "1"]
+TINY = ["--model", "lenet-15-5", *QUICK]
+
+
+@pytest.fixture(autouse=True)
+def _measure_in_no_time(monkeypatch):
+    monkeypatch.setattr(measure, "TURNS", 2)
+    monkeypatch.setattr(measure, "benchmark", partial(measure.benchmark, rivals=("one call",)))
 
 
 def _run(*flags):
@@ -30,6 +38,7 @@ def test_the_whole_path(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "pruning 90%" in out.splitlines()[0]
     assert "--export-sparse" in out.splitlines()[0]
+    assert out.splitlines()[0].startswith("lenet-300-100 on digits: ")
     ticket = Ticket.load(run_dir / "ticket.safetensors")
     assert ticket.settings["blocksize"] == [16, 16]
     assert ticket.density == pytest.approx(0.1, abs=0.005)
@@ -40,10 +49,66 @@ def test_the_whole_path(tmp_path, capsys):
     ]
     assert next(row["measure"] for row in records[2]["rows"]) == "test accuracy"
     assert {"config.json", "report.html", "tensorboard"} <= {p.name for p in run_dir.iterdir()}
+    rounds = [Ticket.load(run_dir / f"ticket_round_{n}.safetensors") for n in range(2)]
+    assert [ticket.density for ticket in rounds] == [1.0, ticket.density]
 
 
-def test_an_exported_lenet_5_keeps_a_tenth_of_all_its_weights(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measure, "benchmark", partial(measure.benchmark, turns=2))
+def test_a_report_is_drawn_again_from_the_folder_alone(tmp_path, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert _run(*TINY, "--export-sparse", "--blocksize", "2x2", "--out_dir", one) == 0
+    out, page = capsys.readouterr().out, (one / "report.html").read_bytes()
+    (one / "report.html").unlink()
+    assert _run("report", one) == 0
+    assert (one / "report.html").read_bytes() == page
+    assert out.endswith(capsys.readouterr().out)
+    assert _run(*TINY, "--seed", "1", "--out_dir", two) == 0
+    capsys.readouterr()
+    assert _run("report", one, two) == 0
+    assert f"report: {tmp_path / 'comparison.html'}" in capsys.readouterr().out
+    assert _run("report", one, two, "--out", tmp_path / "page.html") == 0
+    pages = [(tmp_path / name).read_bytes() for name in ("comparison.html", "page.html")]
+    assert pages[0] == pages[1]
+
+
+def test_a_run_that_did_not_end_has_no_report(tmp_path, capsys):
+    assert _run(*TINY, "--out_dir", tmp_path) == 0
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    capsys.readouterr()
+    assert _run("report", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "expected the metrics of a finished run" in error
+    assert f"python main.py --resume {tmp_path}" in error
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--prune_pc", "0.2"],
+        ["--export-sparse"],
+        ["--export-sparse", "8x8", "--model", "lenet-5", "--rewind_step", "500it", "--seed", "3"],
+        ["--reinit", "--lr", "0.01", "--bs", "64", "--scope", "global", "--dataset", "digits"],
+        ["--one-shot", "--prune_pc", "0.5", "--blocksize", "4x2", "--train-sparse", "off"],
+    ],
+)
+def test_the_command_of_a_report_repeats_its_run(flags):
+    def settings(flags):
+        return new_config(vars(build_parser().parse_args(flags)))
+
+    config = settings(flags)
+    python, program, *again = shlex.split(command_of(flags_of(config)))
+    assert (python, program) == ("python", "main.py")
+    assert settings(again) == config
+
+
+def test_without_flags_of_a_search_it_is_one_worth_seeing():
+    for flags in ({}, {"dataset": "digits", "seed": 1}):
+        assert new_config(flags) == new_config({**flags, "export_blocksize": None})
+    assert new_config({"epochs": 2}).export_blocksize is None
+
+
+def test_an_exported_lenet_5_keeps_a_tenth_of_all_its_weights(tmp_path, capsys):
     assert _run(*QUICK, "--model", "lenet-5", "--export-sparse", "--out-dir", tmp_path) == 0
     assert "1x1 blocks" in capsys.readouterr().out
     model = load_sparse(tmp_path / "sparse_model.safetensors")
@@ -58,8 +123,7 @@ def test_an_exported_lenet_5_keeps_a_tenth_of_all_its_weights(tmp_path, capsys, 
     assert not any("dense" in layer for layer in last["layers"])
 
 
-def test_what_stays_dense_is_said_beside_the_density(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measure, "benchmark", partial(measure.benchmark, turns=2))
+def test_what_stays_dense_is_said_beside_the_density(tmp_path, capsys):
     flags = "--model", "lenet-5", "--export-sparse", "--blocksize", "16x1", "--out-dir", tmp_path
     assert _run(*QUICK, *flags) == 0
     out, page = capsys.readouterr().out, (tmp_path / "report.html").read_text("utf-8")
@@ -112,6 +176,8 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
         (["--prune_percent", "1"], "unrecognized arguments: --prune_percent"),
         (["--dataset", "cifar"], "invalid choice: 'cifar'"),
         (["--resume", "/nowhere"], "--resume: expected the folder of a run, got /nowhere"),
+        (["report", "/nowhere"], "report: expected the folder of a run, got /nowhere"),
+        (["--lr", "1", "report", "x"], "unrecognized arguments: report x"),
     ],
 )
 def test_wrong_flags_get_one_message_and_status_2(flags, message, capsys):
@@ -176,7 +242,7 @@ def test_a_full_disk_loses_nothing_saved(tmp_path, capsys, monkeypatch):
     def full(fd):
         nonlocal calls
         calls += 1
-        if calls == 6:  # config, then state and metrics of two epochs, then a state
+        if calls == 6:  # config, then state and metrics of two epochs, then a round's ticket
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     flags = ["--dataset", "digits", "--epochs", "3", "--prune_rounds", "1"]
@@ -185,7 +251,7 @@ def test_a_full_disk_loses_nothing_saved(tmp_path, capsys, monkeypatch):
         assert _run(*flags, "--out_dir", tmp_path / "a") == 1
     error = capsys.readouterr().err
     assert "cannot write: No space left on device" in error
-    assert "state.safetensors" in error
+    assert "ticket_round_0.safetensors" in error
     assert f"--resume {tmp_path / 'a'}" in error
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 2
     assert not list((tmp_path / "a").glob("*.part"))
@@ -276,9 +342,6 @@ def test_a_search_killed_at_random_moments_ends_with_the_same_ticket(tmp_path):
         if not (killed / "config.json").exists():
             assert not killed.exists() or not any(killed.iterdir())
     _assert_same_ticket(killed, whole)
-
-
-TINY = ["--model", "lenet-15-5", *QUICK]
 
 
 def _program(*flags, shell="{}", **environment):

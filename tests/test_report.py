@@ -3,100 +3,118 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
 from rich.console import Console
 
+from sparse_lth.program import measure
+from sparse_lth.program.charts import linear, logarithmic
 from sparse_lth.program.config import RunConfig
 from sparse_lth.program.data import Split
-from sparse_lth.program.measure import compare, summarise
-from sparse_lth.program.models import MODELS
-from sparse_lth.program.report import (
+from sparse_lth.program.findings import (
+    direction,
     factor,
     headline,
     percent,
-    print_tables,
     quantity,
+    tone,
     verdict,
-    write_page,
 )
+from sparse_lth.program.measure import accuracy, compare, interval, summarise
+from sparse_lth.program.models import MODELS
+from sparse_lth.program.report import print_tables, write_page
+from sparse_lth.program.results import Run
 from sparse_lth.program.tickets import sparse_network
 from sparse_lth.saving import save_sparse
 from sparse_lth.ticket import Ticket
 from sparse_lth.timing import Benchmark, Times
 from sparse_lth.weights import weight_layers
 
+TEST = Split(torch.zeros(20, 1, 28, 28), torch.arange(20) % 10)
 
-def make_ticket(**settings) -> Ticket:
-    """Three rounds; the last mask of each layer keeps its upper left quarter."""
-    config = RunConfig(**settings)
+
+def make_run(**settings) -> Run:
+    """Three rounds of one epoch; the last mask of each layer but fc3 keeps its upper left quarter.
+
+    The mask of the round before keeps the upper half.
+    """
+    config = RunConfig(epochs=1, prune_rounds=2, **settings)
     model = MODELS[config.model].empty()
-    init = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
-    masks, trained = {}, dict(init)
-    for name, layer in weight_layers(model).items():
-        rows, cols, *_ = layer.weight.shape
-        masks[name] = torch.zeros(layer.weight.shape, dtype=torch.bool)
-        masks[name][: -(-rows // 2), : -(-cols // 2)] = True
-        trained[f"{name}.weight"] = init[f"{name}.weight"] * masks[name]
-    rounds = tuple(
-        {
-            "round": n,
-            "density": density,
-            "validation_accuracy": 0.9712 + n / 1000,
-            "test_accuracy": 0.9734 + n / 1000,
-        }
-        for n, density in enumerate((1.0, 0.512, 0.25))
-    )
-    return Ticket(init, masks, trained, rounds, {}, config.search_settings())
+    weights = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
+    layers = weight_layers(model)
+    shapes = {name: layer.weight.shape for name, layer in layers.items()}
+    rounds, tickets = [], []
+    for n, density in enumerate((1.0, 0.512, 0.25)):
+        record = {"round": n, "epoch": 1, "step": 9, "density": density, "trained_sparse": []}
+        record |= {"train_loss": 0.5 / (n + 1), "validation_loss": 0.1}
+        record |= {"validation_accuracy": 0.9712 + n / 1000, "test_accuracy": 0.9734 + n / 1000}
+        rounds.append(record)
+        masks, trained = {}, dict(weights)
+        for name, (rows, cols, *_) in shapes.items():
+            masks[name] = torch.ones(shapes[name], dtype=torch.bool)
+            if name != "fc3":
+                masks[name][-(-rows // 2) if n else rows :] = False
+                masks[name][:, -(-cols // 2) if n == 2 else cols :] = False
+            trained[f"{name}.weight"] = weights[f"{name}.weight"] * masks[name]
+        about = config.search_settings()
+        tickets.append(Ticket(weights, masks, trained, tuple(rounds), {}, about))
+    return Run(Path("runs/one"), config, rounds, summarise(tickets, TEST), tickets)
 
 
 def speed(batch: int, gain: float, spread: float = 0.01) -> dict:
-    seconds = 123e-6
+    """The pruned network takes 1 / gain of what the dense one does, which is plain torch's half."""
+    dense = 40.0 if batch == 1 else 180_000.0
+    faster = 1 / gain if batch == 1 else gain
     return {
-        "measure": f"throughput, batch {batch}",
-        "unit": "images/s",
-        "dense": batch / seconds,
-        "pruned": gain * batch / seconds,
+        "measure": f"{'latency' if batch == 1 else 'speed'}, batch {batch}",
+        "unit": "µs" if batch == 1 else "images/s",
+        "plain": dense * (2 if batch == 1 else 0.5),
+        "dense": dense,
+        "pruned": dense * faster,
         "batch": batch,
+        "rival": "compiled",
         "gain": gain,
         "gain_range": [gain * (1 - spread), gain * (1 + spread)],
     }
 
 
-def make_comparison(ticket: Ticket, *speeds: dict, stored: float = 1.0) -> dict:
-    """stored: weights stored / weights kept"""
-    summary = summarise(ticket, "cpu")
+def timed(run: Run, *speeds: dict, stored: float = 1.0, correct: float = 0.9601) -> Run:
+    """The run as --export-sparse has it; stored: weights stored / weights kept."""
+    summary = copy.deepcopy(run.summary)
     for layer in summary["layers"]:
         layer["stored"] = round(stored * layer["kept"])
     rows = [
-        {"measure": "test accuracy", "unit": "%", "dense": 97.34, "pruned": 96.11},
+        accuracy(0.9734, correct, 10_000),
         *(speeds or (speed(1, 1 / 3.2), speed(64, 1.0, 0.1), speed(1024, 2.54))),
         {"measure": "file size", "unit": "bytes", "dense": 1_066_896, "pruned": 1234, "gain": 8.6},
     ]
-    stored_density = stored * summary["density"]
-    return {**summary, "backend": "torch", "stored_density": stored_density, "rows": rows}
+    summary |= {"backend": "torch", "stored_density": stored * summary["density"], "rows": rows}
+    summary |= {"latency": [40.0, 30.0, 20.0], "left_out": {}, "busy": None, "images": 10_000}
+    return replace(run, summary=summary)
 
 
-def page_of(tmp_path, ticket: Ticket, summary: dict) -> str:
-    write_page(tmp_path / "report.html", ticket, summary)
+def page_of(tmp_path, run: Run) -> str:
+    write_page(tmp_path / "report.html", run)
     return (tmp_path / "report.html").read_text("utf-8")
 
 
-def terminal_of(ticket: Ticket, summary: dict, width: int = 80) -> str:
+def terminal_of(run: Run, width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
-    print_tables(console, ticket, summary)
+    print_tables(console, run)
     return console.file.getvalue()
 
 
-def figures(ticket: Ticket, summary: dict) -> list[str]:
+def figures(run: Run) -> list[str]:
     """What page and terminal must both show."""
-    shown = [percent(summary["stored_density"])]
-    for row in summary["rows"]:
-        shown += [quantity(row["dense"], row["unit"]), quantity(row["pruned"], row["unit"])]
+    shown = [percent(run.summary["stored_density"]), "compiled at batch 1"]
+    for row in run.summary["rows"]:
+        names = {"plain", "dense", "pruned"} & row.keys()
+        shown += [quantity(row[name], row["unit"]) for name in names]
         shown += [row["measure"], verdict(row)]
-    for record in ticket.rounds:
+    for record in run.rounds:
         shown += [percent(record["density"]), f"{100 * record['test_accuracy']:.2f} %"]
         shown += [f"{100 * record['validation_accuracy']:.2f} %"]
     return shown
@@ -104,140 +122,212 @@ def figures(ticket: Ticket, summary: dict) -> list[str]:
 
 @pytest.mark.parametrize("model", ["lenet-300-100", "lenet-5"])
 def test_page_is_self_contained_and_has_every_figure(tmp_path, model):
-    ticket = make_ticket(model=model)
-    summary = make_comparison(ticket)
+    run = timed(make_run(model=model))
     settings = dict(matplotlib.rcParams)
-    page = page_of(tmp_path, ticket, summary)
+    page = page_of(tmp_path, run)
     assert dict(matplotlib.rcParams) == settings
     assert not re.search(r"https?:|<script|<link|@import|url\((?!#)", page)
     sources = re.findall(r'\b(?:src|href)="([^"]{5})', page)
     assert sources
-    assert all(source == "data:" or source.startswith("#") for source in sources)
+    assert set(sources) == {"data:"}
     assert page.count("<img") == len(re.findall(r'<img [^>]*alt="[^"]+"', page))
     assert len(page) < 1_000_000
-    for figure in figures(ticket, summary):
+    for figure in figures(run):
         assert figure in page, figure
-    for layer in summary["layers"]:
-        assert f"{layer['kept']:,} weights kept" in page
+    for layer in run.summary["layers"]:
+        whole = layer["layer"] == "fc3"
+        shape = " x ".join(map(str, layer["shape"]))
+        assert (f"{layer['kept']:,} weights kept" in page) != whole
+        assert (f"{layer['layer']}, {shape}, stayed full." in page) == whole
     assert ("Input pixels" in page) == (model == "lenet-300-100")
 
 
-def test_the_plot_runs_from_dense_on_the_left(tmp_path):
-    ticket = make_ticket()
-    page = page_of(tmp_path, ticket, summarise(ticket, "cpu"))
-    ticks = re.findall(r'<text [^>]*x="([\d.]+)"[^>]*>([\d.]+)</text>', page)
-    assert [label for x, label in sorted(ticks[:3], key=lambda tick: float(tick[0]))] == [
+def test_every_picture_says_its_values(tmp_path):
+    run = timed(make_run())
+    said = re.findall(r'<title>([^<]+)</title>|title="([^"]+)"', page_of(tmp_path, run))
+    said = {one or other for one, other in said}
+    for hover in (
+        "round 1, 51.2 %: test 97.44 %",
+        "round 2, epoch 1: training loss 0.1667",
+        "dense, compiled: 40 µs, 97.34 %",
+        "round 1, 51.2 % of the weights: 30 µs, 97.44 %",
+        "fc1, round 2: 25.0 % kept",
+        "pruned: 128 µs, 0.62 times plain torch; 0.31 to 0.32 times the best dense network",
+        "97.01 to 97.64 %: the dense network&#39;s 95 % interval on 10,000 test images",
+    ):
+        assert hover in said, hover
+
+
+def test_the_accuracy_runs_from_dense_on_the_left(tmp_path):
+    page = page_of(tmp_path, make_run())
+    chart = page[page.index('aria-label="Accuracy against density"') :]
+    ticks = re.findall(r'<text x="([\d.]+)" y="204"[^>]*>([\d.]+)</text>', chart)[:3]
+    assert [label for x, label in sorted(ticks, key=lambda tick: float(tick[0]))] == [
         "100",
         "51.2",
         "25",
     ]
-    assert "density (% of weights kept, log scale)" in page
-    assert "var(--test)" in page
-    assert "#000003" not in page
+
+
+def test_axes_hold_their_values():
+    for values in ([97.1, 97.9], [0.0, 0.0], [-3.0, 12.0]):
+        axis = linear("", values, least=1.0)
+        assert all(0 <= axis.at(value) <= 1 for value in (*values, *axis.ticks))
+        assert 3 <= len(axis.ticks) <= 8
+    for values in ([0.004, 0.9], [5.0, 5.0], [1.0, 1e6]):
+        axis = logarithmic("", values)
+        assert all(0 <= axis.at(value) <= 1 for value in (*values, *axis.ticks))
+    assert linear("", [0.0, 1.0]).ticks == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
 
 def test_the_page_is_the_same_every_time(tmp_path):
-    ticket = make_ticket()
-    summary = make_comparison(ticket)
-    assert page_of(tmp_path, ticket, summary) == page_of(tmp_path, ticket, summary)
+    run = timed(make_run())
+    assert page_of(tmp_path, run) == page_of(tmp_path, run)
 
 
 def test_terminal_shows_every_figure_whole_at_80_columns():
-    ticket = make_ticket()
-    summary = make_comparison(ticket, speed(1, 0.4), speed(1024, 12.6))
-    text = terminal_of(ticket, summary)
-    for figure in figures(ticket, summary):
+    run = timed(make_run(), speed(1, 0.4), speed(1024, 12.6))
+    text = terminal_of(run)
+    for figure in figures(run):
         assert figure in text, figure
     assert "…" not in text
-    threads = f"{summary['threads']} thread"
-    for part in (summary["device"], "torch backend", threads):
+    threads = f"{run.summary['threads']} thread"
+    for part in (run.summary["device"], "torch backend", threads):
         assert part in text
 
 
 def test_a_narrow_terminal_folds_and_loses_nothing():
-    ticket = make_ticket()
-    summary = make_comparison(ticket)
-    assert "…" not in terminal_of(ticket, summary, width=50)
+    assert "…" not in terminal_of(timed(make_run()), width=50)
 
 
-def test_slower_is_said_as_slower(tmp_path):
-    ticket = make_ticket()
-    slow = make_comparison(ticket, speed(1, 0.3125), speed(64, 0.5))
-    assert headline(slow) == "No: 3.2x slower at batch 1 and 2.0x slower at batch 64."
-    for text in (page_of(tmp_path, ticket, slow), terminal_of(ticket, slow)):
-        assert headline(slow) in text
-        assert "faster" not in text.replace("Is it actually faster?", "")
-    fast = make_comparison(ticket, speed(1, 1.05), speed(64, 2.54))
-    assert headline(fast) == "Yes: 1.05x faster at batch 1 and 2.5x faster at batch 64."
-    mixed = headline(make_comparison(ticket))
-    assert mixed == (
-        "It depends on the batch: 3.2x slower at batch 1, no clear difference at batch 64 "
-        "and 2.5x faster at batch 1024."
-    )
+@pytest.mark.parametrize(
+    ("gains", "correct", "expected"),
+    [
+        ((0.3125, 0.5), 0.9734, "No: 3.2x slower at batch 1 and 2.0x slower at batch 64, and as"),
+        ((1.05, 2.54), 0.9734, "Yes: 1.05x faster at batch 1 and 2.5x faster at batch 64, and as"),
+        (
+            (1.05, 2.54),
+            0.9061,
+            "Faster, but less accurate: 1.05x faster at batch 1 and 2.5x faster at batch 64, but "
+            "6.73 points less accurate (90.61 % against 97.34 %).",
+        ),
+        ((3, 3), 0.9833, "at batch 64, and 0.99 points more accurate (98.33 % against 97.34 %)."),
+        ((0.5, 3), 0.9734, "It depends on the batch: 2.0x slower at batch 1 and 3.0x faster"),
+        (
+            (1.001, 1.001),
+            0.9734,
+            "Not clear: no clear difference at batch 1 and no clear difference at batch 64, and",
+        ),
+        ((3, 3), 0.9730, "as accurate (97.30 % against 97.34 %, within the noise of 10,000 test"),
+    ],
+)
+def test_the_headline_answers_speed_and_accuracy(tmp_path, gains, correct, expected):
+    speeds = (speed(batch, gain) for batch, gain in zip((1, 64), gains, strict=True))
+    run = timed(make_run(), *speeds, correct=correct)
+    assert expected in headline(run.summary)
+    for text in (page_of(tmp_path, run), terminal_of(run)):
+        assert headline(run.summary) in text
 
 
-def test_verdicts():
-    assert verdict(speed(1, 1.2, 0.5)) == "no clear difference (0.60x to 1.80x)"
-    assert verdict(speed(1, 1 / 200)) == "200x slower"
-    assert verdict({"gain": 0.5}) == "2.0x larger"
-    assert verdict({"dense": 97.5, "pruned": 97.25}) == "0.25 points lower"
-    assert verdict({"dense": 97.5, "pruned": 97.75}) == "0.25 points higher"
+def test_verdicts_and_their_tones():
+    def judged(row):
+        return verdict(row), tone(row)
+
+    assert judged(speed(1, 1.2, 0.5)) == ("no clear difference (0.60x to 1.80x)", "")
+    assert judged(speed(1, 1 / 200)) == ("200x slower", "bad")
+    assert judged({"gain": 0.5}) == ("2.0x larger", "bad")
+    assert judged(accuracy(0.9788, 0.9788, 10_000)) == ("the same", "")
+    assert judged(accuracy(0.9788, 0.9774, 10_000)) == ("within noise (-0.14)", "")
+    assert judged(accuracy(0.9788, 0.9115, 10_000)) == ("6.73 points lower", "bad")
+    assert judged(accuracy(0.9788, 0.9850, 10_000)) == ("0.62 points higher", "good")
+    assert judged(accuracy(0.9788, 0.9115, 100)) == ("6.73 points lower", "bad")
+    assert direction(accuracy(0.9788, 0.9415, 100)) == 0
     assert [factor(x) for x in (1.02, 1.26, 12.7)] == ["1.02x", "1.3x", "13x"]
     assert [percent(x) for x in (1, 0.1, 0.0512)] == ["100 %", "10.0 %", "5.12 %"]
 
 
+@pytest.mark.parametrize(("fraction", "images"), [(0.5, 10), (0.97, 297), (0.98, 10_000), (1, 20)])
+def test_the_interval_is_wilson_s(fraction, images):
+    """Its ends are the p from which the fraction is just 1.96 standard deviations away."""
+    for end in interval(fraction, images):
+        deviation = (end * (1 - end) / images) ** 0.5
+        assert abs(fraction - end) == pytest.approx(1.96 * deviation, abs=1e-7)
+
+
 def test_growth_of_the_stored_density_is_said(tmp_path):
-    ticket = make_ticket(export_blocksize=(16, 16))
-    grown = make_comparison(ticket, stored=1.8)
-    said = f"{percent(grown['stored_density'])}, is 1.8x the {percent(ticket.density)}"
-    assert said in terminal_of(ticket, grown)
-    assert said in page_of(tmp_path, ticket, grown)
-    assert "stored density" not in terminal_of(ticket, make_comparison(ticket))
+    run = make_run(export_blocksize=(16, 16))
+    grown = timed(run, stored=1.8)
+    kept = percent(run.summary["density"])
+    said = f"{percent(grown.summary['stored_density'])}, is 1.8x the {kept}"
+    assert said in terminal_of(grown)
+    assert said in page_of(tmp_path, grown)
+    assert "stored density" not in terminal_of(timed(run))
 
 
-def test_without_export_it_says_that_masks_are_not_faster(tmp_path):
-    ticket = make_ticket()
-    summary = summarise(ticket, "cpu")
-    for text in (page_of(tmp_path, ticket, summary), terminal_of(ticket, summary)):
-        assert "a network runs at dense speed; --export-sparse measures a real one" in text
-        assert "ense against pruned" not in text
+def test_without_export_it_says_that_zeros_are_not_faster(tmp_path):
+    run = make_run()
+    for text in (page_of(tmp_path, run), terminal_of(run)):
+        assert "Not timed: pruned weights are still there, as zeros; --export-sparse" in text
+        assert "best dense" not in text
 
 
 def test_settings_are_escaped(tmp_path):
-    ticket = make_ticket()
     evil = "<script>alert(1)</script>[red]&"
-    ticket = replace(ticket, settings={**ticket.settings, "dataset": evil, evil: evil})
-    summary = make_comparison(ticket)
-    summary["device"] = evil
-    page = page_of(tmp_path, ticket, summary)
+    run = timed(make_run())
+    run.summary["device"] = evil
+    run = replace(run, folder=Path(evil))
+    page = page_of(tmp_path, run)
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;[red]&amp;" in page
-    assert evil in terminal_of(ticket, summary)  # not read as rich's markup
+    assert evil in terminal_of(run)  # not read as rich's markup
 
 
 def test_the_measured_summary_is_json_and_reports(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "sparse_lth.program.measure.benchmark",
-        lambda models, x, rivals: Benchmark(
-            {
-                "dense": Times((4e-4, 3e-4, 4e-4)),
-                "dense, one call": Times((2e-4, 3e-4, 2e-4)),
-                "pruned": Times((1e-4, 1e-4, 1e-4)),
-            },
-            "dense",
-            {},
-        ),
-    )
-    ticket = make_ticket(export_blocksize=(16, 16))
-    save_sparse(sparse_network(ticket, (16, 16)), tmp_path / "model", "lenet-300-100")
-    test = Split(torch.zeros(20, 1, 28, 28), torch.zeros(20, dtype=torch.int64))
-    summary = compare(ticket, tmp_path / "model", test)
+    asked = []
+
+    def quick(models, x, turns):
+        asked.append(turns)
+        dense = {"dense": Times((4e-4, 3e-4, 4e-4)), "dense, one call": Times((2e-4, 3e-4, 2e-4))}
+        pruned = {name: Times((1e-4, 1e-4, 1.1e-4)) for name in models if name != "dense"}
+        return Benchmark(dense | pruned, "dense", {"compiled": "no compiler"})
+
+    monkeypatch.setattr(measure, "benchmark", quick)
+    monkeypatch.setattr(measure, "load_of_others", lambda: None)
+    run = make_run(export_blocksize=(16, 16))
+    save_sparse(sparse_network(run.ticket, (16, 16)), tmp_path / "model", "lenet-300-100")
+    summary = compare(run.tickets, tmp_path / "model", TEST)
     assert json.loads(json.dumps(summary)) == summary
-    kept = sum(int(mask.sum()) for mask in ticket.masks.values())
+    kept = sum(int(mask.sum()) for mask in run.ticket.masks.values())
     assert sum(layer["kept"] for layer in summary["layers"]) == kept
-    assert sum(map(sum, summary["pixels"])) == summary["layers"][0]["kept"]
     assert summary["layers"][0]["stored"] == 160 * 400  # 150 x 392 in whole blocks of 16
-    assert headline(summary).startswith("Yes: 2.0x faster at batch 1, ")
+    assert headline(summary).startswith("Faster, but less accurate: 2.0x faster at batch 1, ")
+    row = summary["rows"][1]
+    assert (row["rival"], row["plain"], row["dense"]) == ("one call", 400, 200)
+    assert summary["latency"] == [200, 100, 100]
     before = copy.deepcopy(summary)
-    page_of(tmp_path, ticket, summary)
+    page = page_of(tmp_path, replace(run, summary=summary))
     assert summary == before
+    assert "compiled was left out: no compiler." in page
+
+    monkeypatch.setattr(measure, "load_of_others", lambda: [7.25, 2])
+    busy = compare(run.tickets, tmp_path / "model", TEST)
+    assert asked == [101] * 3 + [303] * 3
+    assert busy["rows"][1]["gain_range"][0] < row["gain_range"][0]
+    assert "busy, with a load of 7.2 on 2 cores" in page_of(tmp_path, replace(run, summary=busy))
+
+
+@pytest.mark.parametrize(
+    ("load", "own", "busy"), [(0.1, 0, False), (2.1, 900, False), (4.0, 900, True), (2.0, 6, True)]
+)
+def test_a_machine_is_busy_if_others_leave_too_few_cores(monkeypatch, load, own, busy):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    monkeypatch.setattr("time.process_time", lambda: own)  # of 60 s, or more, of two threads
+    assert measure.load_of_others() == ([load, 2] if busy else None)
+
+
+def test_the_confusion_counts_each_image_once():
+    run = make_run()
+    for table in run.summary["confusion"].values():
+        assert [sum(row) for row in table] == [2] * 10  # images of each class

@@ -168,16 +168,6 @@ class Job:
             **{name: record.get(name) for name in (*LOSSES, *ACCURACIES)},
         }
 
-    def describe(self, records: list[dict]) -> str:
-        """What came of it, in a line."""
-        early, end = early_stop(records), records[-1]
-        return (
-            f"{self.method}, {self.chain.model.removeprefix('lenet-')}, {self.chain.shape}, "
-            f"replicate {self.chain.replicate}, round {self.level} ({early['density']:.1%}): early "
-            f"stop at {early['step']} with {early['test_accuracy']:.2%}, "
-            f"{end['test_accuracy']:.2%} at the end"
-        )
-
 
 @dataclass(frozen=True)
 class Trained:

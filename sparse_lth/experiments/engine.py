@@ -8,9 +8,9 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent import futures
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import cache
@@ -25,7 +25,9 @@ from ..program.lottery import Lottery
 from ..program.training import evaluate
 from ..weights import Tensors, snapshot, write_
 from .chains import ACCURACIES, LOSSES, Chain, Job, Plan, Trained, early_stop, record_of, run_chain
+from .progress import Watch
 
+LOOK = 0.1  # seconds between two looks at how far the chains are
 ATTEMPTS = 5  # a chain that kills its process as often is given up
 
 
@@ -42,19 +44,14 @@ def work(plan: Plan, chain: Chain, folder: Path) -> str:
 
 
 def run_one_by_one(plan: Plan, chain: Chain, data: Dataset, folder: Path) -> None:
-    """One chain to its end, each network after the other; prints a line for each."""
+    """One chain to its end, each network after the other."""
     rounds, trained = run_chain(plan, chain, data, folder), None
     while True:
         try:
             jobs = rounds.send(trained)
         except StopIteration:
             return
-        trained = []
-        for job in jobs:
-            began = time.perf_counter()
-            trained.append(train(job, data, plan.test_every))
-            pace = plan.iterations / (time.perf_counter() - began)
-            print(f"{job.describe(trained[-1].records)}; {pace:.0f} iterations/s", flush=True)
+        trained = [train(job, data, plan.test_every) for job in jobs]
 
 
 def train(job: Job, data: Dataset, test_every: int) -> Trained:
@@ -94,19 +91,23 @@ def _dataset(name: str, data_dir: str, device: str) -> Dataset:
 def run_pool(plan: Plan, chains: Sequence[Chain], folder: Path, workers: int) -> None:
     """All chains, `workers` at a time, in processes of this machine."""
     context = multiprocessing.get_context("spawn")
-    for _ in range(ATTEMPTS):
-        with ProcessPoolExecutor(workers, context, _follow_parent) as pool:
-            futures = {pool.submit(work, plan, chain, folder): chain for chain in chains}
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                return
-            except BrokenProcessPool:
-                print("a worker died: its chains go on after their last saved round", flush=True)
-            except BaseException:
-                for worker in multiprocessing.active_children():
-                    worker.terminate()  # a round may take an hour
-                raise
+    with Watch(chains, folder) as watch:
+        for _ in range(ATTEMPTS):
+            with ProcessPoolExecutor(workers, context, _follow_parent) as pool:
+                pending = {pool.submit(work, plan, chain, folder) for chain in chains}
+                try:
+                    while pending:
+                        done, pending = futures.wait(pending, LOOK, futures.FIRST_COMPLETED)
+                        for future in done:
+                            future.result()
+                        watch.update()
+                    return
+                except BrokenProcessPool:
+                    watch.say("a worker died: its chains go on after their last saved round")
+                except BaseException:
+                    for worker in multiprocessing.active_children():
+                        worker.terminate()  # a round may take an hour
+                    raise
     raise EngineError(f"expected the chains to end, but {ATTEMPTS} times a worker died")
 
 
@@ -139,8 +140,10 @@ def run_ray(plan: Plan, chains: Sequence[Chain], folder: Path, workers: int, add
     try:
         task = ray.remote(num_cpus=1, max_retries=ATTEMPTS)(work)
         pending = [task.remote(plan, chain, folder) for chain in chains]
-        while pending:
-            (done,), pending = ray.wait(pending)
-            ray.get(done)
+        with Watch(chains, folder) as watch:
+            while pending:
+                done, pending = ray.wait(pending, timeout=LOOK)
+                ray.get(done)
+                watch.update()
     finally:
         ray.shutdown()

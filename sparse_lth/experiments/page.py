@@ -2,21 +2,20 @@
 
 import base64
 import io
-from html import escape
 from pathlib import Path
-from string import Template
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from ..files import write
+from ..program.pages import render
 from . import figures
 from .claims import BEYOND
 from .controls import CONTROLS
 from .evidence import FAILS, FEWEST, HOLDS, LEVEL, UNDECIDED, UNTESTED
 from .measures import NEAR_END, POINTS, SHARE, is_censored
 from .results import Training
-from .verdicts import Claim, judge
+from .verdicts import judge
 
 OTHERS = tuple(name for name in CONTROLS if name not in ("random reinit", "random mask"))
 FIGURES = {  # name: (title, drawing)
@@ -43,58 +42,29 @@ FIGURES = {  # name: (title, drawing)
 }
 TONES = {HOLDS: "good", FAILS: "bad", UNDECIDED: "", UNTESTED: ""}
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>The lottery ticket hypothesis, measured</title>
-<style>
-body { margin: 2rem auto; padding: 0 1rem; max-width: 1100px; color: #1b1e23; background: #fff;
-       font: 16px/1.5 system-ui, sans-serif; }
-h1 { line-height: 1.25; }
-h2 { margin-top: 3rem; }
-img { display: block; max-width: 100%; height: auto; margin: auto; }
-table { width: 100%; border-collapse: collapse; }
-th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid #d9dce1; text-align: left;
-         vertical-align: top; }
-th { color: #5c636e; font-size: .9rem; }
-td:nth-child(1) { width: 48%; }
-td:nth-child(3) { white-space: nowrap; font-weight: 600; }
-.good { color: #15803d; }
-.bad { color: #b91c1c; }
-.soft { color: #5c636e; }
-</style>
-<h1>The lottery ticket hypothesis, measured</h1>
-<p>$headline</p>
-<p class="soft">$context</p>
-$sections
-</html>
-""")
-
 
 def write_page(trainings: list[Training], folder: Path) -> Path:
     """Writes figures/*.png and *.svg and index.html there; returns the page's path."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     claims, sections = judge(trainings), []
     for name, (title, drawing) in FIGURES.items():
-        images = {kind: _render(drawing(trainings), kind) for kind in ("png", "svg")}
-        for kind, image in images.items():
-            write(folder / "figures" / f"{name}.{kind}", image)
-        source = base64.b64encode(images["svg"]).decode()
-        table = _table([claim for claim in claims if claim.figure == name])
-        sections.append(
-            f"<h2>{escape(title)}</h2>\n"
-            f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{source}">\n{table}'
-        )
+        for kind in ("png", "svg"):
+            write(folder / "figures" / f"{name}.{kind}", _render(drawing(trainings), kind))
+        shown = [claim for claim in claims if claim.figure == name]
+        sections.append({"title": title, "panels": _panels(drawing(trainings)), "claims": shown})
     counts = [sum(claim.verdict == verdict for claim in claims) for verdict in TONES]
     held, failed, undecided, untested = counts
     untested += len(BEYOND)
-    sections.append(_beyond())
-    page = PAGE.substitute(
+    page = render(
+        "experiments/page.html",
+        title="The lottery ticket hypothesis, measured",
+        kicker="The lottery ticket hypothesis, measured",
         headline=f"Of {len(claims) + len(BEYOND)} claims {held} hold, {failed} do not, "
         f"{undecided} are not decided and {untested} not tested.",
-        context=escape(_context(trainings)),
-        sections="\n".join(sections),
+        context=_context(trainings),
+        sections=sections,
+        tones=TONES,
+        beyond=BEYOND,
     )
     write(folder / "index.html", page)
     return folder / "index.html"
@@ -125,27 +95,26 @@ def _context(trainings: list[Training]) -> str:
     return text
 
 
-def _beyond() -> str:
-    """What is not tested, as a section."""
-    items = "".join(f"<li>{escape(claim)} {escape(why)}</li>\n" for claim, why in BEYOND)
-    return f"<h2>Not tested</h2>\n<ul>\n{items}</ul>"
+def _panels(figure: Figure) -> list[str]:
+    """Each panel of the figure as an SVG of its own, in base64, so that a narrow page stacks them.
+
+    Axes that share a place, as those of two scales do, are one panel.
+    """
+    places = {}
+    for axes in figure.axes:
+        places.setdefault(axes.get_subplotspec(), []).append(axes)
+    images = []
+    for shown in places.values():
+        for axes in figure.axes:
+            axes.set_visible(axes in shown)
+        images.append(base64.b64encode(_render(figure, "svg", bbox_inches="tight")).decode())
+    return images
 
 
-def _table(claims: list[Claim]) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(claim.text)}</td><td>{escape(claim.measured)}</td>"
-        f'<td class="{TONES[claim.verdict]}">{claim.verdict}</td></tr>\n'
-        for claim in claims
-    )
-    if not rows:
-        return ""
-    return f"<table>\n<tr><th>claim</th><th>measured</th><th>verdict</th></tr>\n{rows}</table>"
-
-
-def _render(figure: Figure, kind: str) -> bytes:
-    """The same bytes for the same figure."""
+def _render(figure: Figure, kind: str, **options: object) -> bytes:
+    """The same bytes for the same figure; text in the fonts of whoever looks at it."""
     image = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "sparse_lth"}):
+    with matplotlib.rc_context({"svg.hashsalt": "sparse_lth", "svg.fonttype": "none"}):
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(image, format=kind, dpi=120, metadata=metadata)
+        figure.savefig(image, format=kind, dpi=120, metadata=metadata, **options)
     return image.getvalue()

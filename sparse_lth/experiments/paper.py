@@ -65,7 +65,7 @@ def paper(flags: argparse.Namespace) -> None:
     if not plan.curves:
         print("no TensorBoard curves: pip install tensorboard to have them")
     chains = grid(plan, flags.replicates, flags.networks)
-    print(f"{len(chains)} chains of {plan.iterations} iterations a round in {folder}", flush=True)
+    print(f"{plan.iterations} iterations for each network, in {folder}", flush=True)
     try:
         if plan.device == "cuda":
             run_stacked(plan, chains, folder)

@@ -5,7 +5,6 @@ a few times as long as one. Each network sees the batches, and takes the steps, 
 """
 
 import math
-import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,31 +21,27 @@ from ..program.lottery import Lottery
 from ..program.training import GraphedStep, TrainingError
 from ..weights import Tensors, weight_name
 from .chains import Chain, Job, Plan, Trained, early_stop, record_of, run_chain
+from .progress import Watch
 
 LAYERS = ("fc1", "fc2", "fc3")  # of the networks that can be stacked, with ReLUs between them
 Stack = dict[str, Tensor]  # (networks, in, out) and (networks, out), by the parameter's name
 
 
 def run_stacked(plan: Plan, chains: Sequence[Chain], folder: Path) -> None:
-    """All chains to their ends, a round of each at a time; prints a line for each network."""
+    """All chains to their ends, a round of each at a time."""
     torch.set_float32_matmul_precision("highest")  # not TF32
     data = load(plan.dataset, plan.data_dir, plan.device)
     rounds = [run_chain(plan, chain, data, folder) for chain in chains]
     answers = [None] * len(rounds)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, Watch(chains, folder) as watch:
         while rounds:
             wanted = pool.map(_ask, rounds, answers)
             going = [(chain, jobs) for chain, jobs in zip(rounds, wanted, strict=True) if jobs]
+            watch.update()
             every_job = [job for _, jobs in going for job in jobs]
-            began = time.perf_counter()
             trained = iter(train_stack(every_job, data, plan.test_every) if going else ())
-            seconds = time.perf_counter() - began
-            print(f"{len(every_job)} networks in {seconds:.1f} s", flush=True)
             answers = [[next(trained) for _ in jobs] for _, jobs in going]
             rounds = [chain for chain, _ in going]
-            for (_, jobs), results in zip(going, answers, strict=True):
-                for job, result in zip(jobs, results, strict=True):
-                    print(job.describe(result.records), flush=True)
 
 
 def _ask(chain: Generator, answer: list[Trained] | None) -> list[Job]:

@@ -1,41 +1,42 @@
-"""The command line: from flags to the settings of a run, and what the run does with them."""
+"""What the command line does: a search with its ticket, export and report, or a report alone."""
 
-import argparse
 import json
-import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from ..files import FormatError
 from ..kernels import backends
 from ..saving import save_sparse
-from .config import DATASETS, SCOPES, TRAIN_SPARSE, RunConfig, SettingError
-from .data import SOURCES, DataError, Dataset, load
+from .config import RunConfig, SettingError
+from .data import DataError, Dataset, load
+from .flags import build_parser, build_report_parser, new_config, resumed_config
 from .folder import (
     FolderError,
     can_go_on,
-    load_config,
     new_folder,
     owned,
     resume_command,
     save_config,
 )
 from .lottery import Lottery, State
-from .models import MODELS
 from .tickets import make_ticket, sparse_network
 from .training import TrainingError
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0 done, 1 failed, 2 wrong flags, 130 interrupted, 141 nobody reads on."""
-    parser = build_parser()
-    flags = vars(parser.parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv
+    report_only = argv[:1] == ["report"]
+    parser = build_report_parser() if report_only else build_parser()
+    flags = vars(parser.parse_args(argv[1:] if report_only else argv))
     resume, out_dir = flags.pop("resume", None), flags.pop("out_dir", None)
     folder = resume
     try:
+        if report_only:
+            report(**flags)
+            return 0
         if resume and out_dir:
             raise SettingError(
                 "--out_dir: expected none with --resume, which goes on in its folder"
@@ -63,9 +64,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: RunConfig, folder: Path, new: bool) -> None:
     """Carries out the settings in the folder, where nothing is written before they are checked."""
-    say(describe(config))
     data = load(config.dataset, config.data_dir, config.device, notify=say)
     config = replace(config, dataset=data.name)
+    say(describe(config))
     config.expect_rewind_step_within(len(data.train.labels))
     with owned(folder, new):
         save_config(folder, config)
@@ -79,6 +80,7 @@ def carry_out(config: RunConfig, data: Dataset, folder: Path) -> None:
     from .progress import Console, watch, write_metrics
     from .progress import describe as describe_epoch
     from .report import print_tables, write_page
+    from .results import Run, load_tickets
 
     console = Console()
     saved = folder / "state.safetensors"
@@ -91,18 +93,40 @@ def carry_out(config: RunConfig, data: Dataset, folder: Path) -> None:
 
     ticket = make_ticket(state)
     ticket.save(folder / "ticket.safetensors")
+    tickets = load_tickets(folder, config.rounds)
     if config.export_blocksize:
         if config.device == "cpu" and not backends()["native"].startswith("available"):
             say(f"sparse layers run on torch, more slowly: native kernels {backends()['native']}")
         path = folder / "sparse_model.safetensors"
         save_sparse(sparse_network(ticket, config.export_blocksize), path, config.model)
-        summary = compare(ticket, path, data.test)
+        say("measuring, which takes up to a minute")
+        summary = compare(tickets, path, data.test)
     else:
-        summary = summarise(ticket, config.device)
+        summary = summarise(tickets, data.test)
     write_metrics(folder, [*state.history, summary])
-    write_page(folder / "report.html", ticket, summary)
-    print_tables(console, ticket, summary)
+    finished = Run.load(folder)
+    write_page(folder / "report.html", finished)
+    print_tables(console, finished)
     say(f"report: {folder / 'report.html'}")
+
+
+def report(runs: Sequence[Path], out: Path | None) -> None:
+    """Draws the page of a run from its folder alone, or one page of several runs."""
+    from .comparison import print_comparison, write_comparison
+    from .progress import Console
+    from .report import print_tables, write_page
+    from .results import Run
+
+    found = [Run.load(folder) for folder in runs]
+    if len(found) == 1:
+        out = out or runs[0] / "report.html"
+        write_page(out, found[0])
+        print_tables(Console(), found[0])
+    else:
+        out = out or runs[0].parent / "comparison.html"
+        write_comparison(out, found)
+        print_comparison(Console(), found)
+    say(f"report: {out}")
 
 
 def expect_settings(config: RunConfig, state: State, path: Path) -> None:
@@ -120,36 +144,6 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def new_config(flags: dict) -> RunConfig:
-    """The settings of these flags; with --export-sparse the defaults are ones that can be fast."""
-    flags = dict(flags)
-    if "export_blocksize" in flags:
-        flags.setdefault("prune_pc", 0.9)
-        model = MODELS[flags.get("model", RunConfig.model)]
-        flags.setdefault("blocksize", model.blocksize)
-        flags["export_blocksize"] = flags["export_blocksize"] or flags["blocksize"]
-    flags.setdefault("data_dir", os.environ.get("SPARSE_LTH_DATA", RunConfig.data_dir))
-    if flags.get("device", "auto") == "auto":
-        flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    config = RunConfig(**flags)
-    sources = [SOURCES[config.dataset]] if config.dataset in SOURCES else SOURCES.values()
-    config.expect_rewind_step_within(max(source.train_images for source in sources))
-    return config
-
-
-def resumed_config(folder: Path, flags: dict) -> RunConfig:
-    """The settings of the run in the folder; flags may repeat them, and may move the data."""
-    saved = load_config(folder)
-    for name in flags.keys() - {"data_dir"}:
-        was, now = getattr(saved, name), flags[name]
-        if name == "export_blocksize":
-            now = now or flags.get("blocksize", saved.blocksize)
-        found_out = name in ("dataset", "device") and now == "auto"
-        if was != now and not found_out:
-            raise SettingError(f"--{name}: expected {was}, as the run to resume has it, got {now}")
-    return replace(saved, data_dir=flags.get("data_dir", saved.data_dir))
-
-
 def describe(config: RunConfig) -> str:
     """The first line of a run."""
     count = "1 round" if config.prune_rounds == 1 else f"{config.prune_rounds} rounds"
@@ -163,76 +157,3 @@ def describe(config: RunConfig) -> str:
     if config.export_blocksize:
         text += " (with --export-sparse 90% is the default of --prune_pc: at 20% nothing is faster)"
     return text
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The flags; a flag that is not given is absent from the namespace."""
-    parser = argparse.ArgumentParser(
-        description="Find a lottery ticket, convert it to block-sparse layers, and measure "
-        "whether it is faster.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-
-    def add(name: str, help: str, **options) -> None:
-        """The flag with underscores, and with dashes."""
-        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        default = getattr(RunConfig, options.get("dest", name), None)
-        default = "x".join(map(str, default)) if isinstance(default, tuple) else default
-        help = help if default is None or default is False else f"{help} (default: {default})"
-        parser.add_argument(*names, help=help.replace("%", "%%"), **options)
-
-    add("lr", "learning rate of Adam", type=float)
-    add("bs", "batch size", type=int)
-    add("epochs", "epochs of each round", type=int)
-    add("prune_pc", "fraction of weights pruned in total; with --export-sparse 0.9", type=float)
-    add("prune_rounds", "rounds of pruning, after the dense round 0", type=int)
-    add("model", "network", choices=MODELS)
-    add(
-        "blocksize",
-        "prune blocks of R outputs x C inputs; 1x1 is single weights; with --export-sparse "
-        "16x16, but 1x1 for lenet-5",
-        type=blocksize,
-        metavar="RxC",
-    )
-    add("scope", "where magnitudes compete", choices=SCOPES)
-    add(
-        "rewind_step",
-        "rewind to the weights at this step of round 0, as in 500it or 1ep, and train from there",
-    )
-    add(
-        "reinit",
-        "control: train the masks of each round over newly drawn weights, too",
-        action="store_true",
-    )
-    add("one_shot", "prune in one round what prune_rounds rounds would", action="store_true")
-    add(
-        "train_sparse",
-        "train pruned layers block-sparse instead of under masks; auto: where that is faster",
-        choices=TRAIN_SPARSE,
-    )
-    add("dataset", "auto: mnist where it can be had, else scikit-learn's digits", choices=DATASETS)
-    add("data_dir", "torchvision's root; $SPARSE_LTH_DATA gives another default")
-    add("seed", "seed of the weights and of the order of the batches", type=int)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: auto)")
-    add("out_dir", "folder of the run (default: a new one under runs/)", type=Path)
-    add(
-        "export_sparse",
-        "write the block-sparse model and measure it; RxC: in blocks of another size",
-        dest="export_blocksize",
-        nargs="?",
-        const=None,
-        type=blocksize,
-        metavar="RxC",
-    )
-    add("resume", "go on with the run in this folder", type=Path, metavar="RUN_DIR")
-    return parser
-
-
-def blocksize(text: str) -> tuple[int, int]:
-    """RxC, as in 16x16"""
-    try:
-        rows, cols = text.split("x")
-        return int(rows), int(cols)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected RxC, as in 16x16, got {text}") from None

@@ -74,15 +74,20 @@ def save_config(folder: Path, config: RunConfig) -> None:
     write(folder / CONFIG, json.dumps(asdict(config), indent=1))
 
 
-def load_config(folder: Path) -> RunConfig:
-    """The settings of the run in it; SettingError where there is none."""
-    _expect_path("--resume", folder)
+def load_config(folder: Path, flag: str = "--resume", **others: object) -> RunConfig:
+    """The settings of the run in it, but for others; SettingError, of that flag, where none is."""
+    _expect_path(flag, folder)
     try:
-        return RunConfig.from_dict(read_json(folder / CONFIG))
+        return RunConfig.from_dict(read_json(folder / CONFIG) | others)
     except (OSError, ValueError) as error:
         raise SettingError(
-            f"--resume: expected the folder of a run, got {folder}: {error}"
+            f"{flag}: expected the folder of a run, got {folder}: {error}"
         ) from error
+
+
+def ticket_path(folder: Path, round: int) -> Path:
+    """Where the ticket of this round is, once the round is trained."""
+    return folder / f"ticket_round_{round}.safetensors"
 
 
 def can_go_on(folder: Path) -> bool:

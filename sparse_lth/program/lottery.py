@@ -106,7 +106,7 @@ class State:
                 raise FormatError(f"expected {name} to count, got {value!r}")
         if self.round > config.rounds:
             raise FormatError(f"expected a round up to {config.rounds}, got {self.round}")
-        _expect_history(self.history, record)
+        expect_history(self.history, record)
         expect_of_run(config, self.init, self.masks)
         expect_masked(self.init, self.masks, self.weights)
         flat = [name for name, mask in self.masks.items() if mask.dim() == 2]
@@ -372,7 +372,8 @@ def _optimizer_like(model: nn.Module) -> Tensors:
     return like
 
 
-def _expect_history(history: object, record: Types) -> None:
+def expect_history(history: object, record: Types = RECORD) -> None:
+    """Raises FormatError unless it is a list of such records."""
     if not isinstance(history, list):
         raise FormatError(f"expected a list as history, got {history!r}")
     for entry in history:

@@ -1,110 +1,175 @@
 """Dense against pruned on this machine: accuracy, latency, throughput, bytes."""
 
 import math
+import os
 import platform
+import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from statistics import quantiles
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base import BlockSparse
 from ..kernels import backend
 from ..saving import load_sparse
 from ..ticket import Ticket
-from ..timing import benchmark
+from ..timing import Benchmark, benchmark
 from ..weights import weight_layers
 from .data import Split
 from .models import MODELS
-from .tickets import dense_network
-from .training import evaluate
+from .tickets import dense_network, sparse_network
+from .training import confusion, evaluate
+
+TURNS = 101
+SLACK = 0.5  # of a core that other programs may use: a desktop and the rounding of the load
 
 
-def summarise(ticket: Ticket, device: str) -> dict:
+def summarise(tickets: Sequence[Ticket], test: Split) -> dict:
     """What was found and where, as JSON: what every figure of a report stands beside.
 
-    -> {"device" by its name, "threads", "python", "torch", "triton" or None: versions,
-    "density" of the masks, "layers": {"layer", "shape", "kept": weights} and, where it stays
-    dense, "dense": why; "pixels": the first-layer weights that each of the 28 x 28 inputs keeps,
-    None behind a convolution}
+    tickets: of the dense network first, of the last round last
+
+    -> "device" by its name, "threads", "python", "torch" and "triton", or None: versions, "density"
+    of the masks, "images" in the test set, "confusion" of the "dense" and the "pruned" network on
+    it, its `mean_image`, "layers": {"layer", "shape", "kept": weights} and, where it stays dense,
+    "dense": why; "rows": the one of `accuracy`
     """
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = None
-    kind = MODELS[ticket.settings["model"]]
-    layers, masks = [], []
-    for name, layer in weight_layers(kind.empty()).items():
-        masks.append(ticket.masks.get(name, torch.ones(layer.weight.shape, dtype=torch.bool)))
-        row = {"layer": name, "shape": [*layer.weight.shape], "kept": int(masks[-1].sum())}
-        layers.append(row)
+    ticket, layers = tickets[-1], []
+    for name, layer in weight_layers(MODELS[ticket.settings["model"]].empty()).items():
+        mask = ticket.masks.get(name, torch.ones(layer.weight.shape, dtype=torch.bool))
+        row = {"layer": name, "shape": [*layer.weight.shape], "kept": int(mask.sum())}
         if name in ticket.dense:
             row["dense"] = f"{ticket.dense[name]}; the density of the ticket does not count it"
-    flat = masks[0].dim() == 2
-    pixels = masks[0].sum(0).view(kind.input_shape[1:]).tolist() if flat else None
+        layers.append(row)
+    device, images = test.images.device, len(test.labels)
+    networks = {"dense": dense_network(tickets[0]), "pruned": dense_network(ticket)}
+    fractions = (t.rounds[-1]["test_accuracy"] for t in (tickets[0], ticket))
     return {
-        "device": device_name(device),
+        "device": device_name(device.type),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton,
         "density": ticket.density,
+        "images": images,
+        "confusion": {name: confusion(model.to(device), test) for name, model in networks.items()},
+        "mean_image": mean_image(test.images),
         "layers": layers,
-        "pixels": pixels,
+        "rows": [accuracy(*fractions, images)],
     }
 
 
-def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
+def compare(tickets: Sequence[Ticket], sparse_path: Path, test: Split) -> dict:
     """The exported model, as a user loads it, against the dense network of the same shape.
 
+    tickets: of the dense network first, of the last round last
+
     -> `summarise`, "backend", "stored" weights in each of its layers, "stored_density" over all,
-    and "rows": {"measure", "unit", "dense", "pruned"}; "gain" is how many times better the pruned
-    network is, below 1 where it is worse; a row of speed has its "batch", and in "gain_range" the
-    20th and 80th percentile of the gain over the turns. Dense is the faster of plain layers and
-    all of them in one call, as the pruned network runs.
+    "latency" of each ticket's network at batch 1 in µs, "left_out": the ways to run the dense
+    network that failed, and why, "busy": None or the load of a machine with other work and its
+    cores, and three `speed` rows and one of bytes, whose "gain" is how many times smaller it is.
     """
-    dense = dense_network(ticket).to(test.images.device)
-    sparse = load_sparse(sparse_path).to(test.images.device)
-    rows = [
-        {
-            "measure": "test accuracy",
-            "unit": "%",
-            "dense": 100 * ticket.rounds[0]["test_accuracy"],
-            "pruned": 100 * evaluate(sparse, test)[1],
-        }
-    ]
-    for batch in (1, 64, 1024):
-        images = test.images[:1].expand(batch, -1, -1, -1).contiguous()
-        found = benchmark({"dense": dense, "pruned": sparse}, images, rivals=("one call",))
-        seconds = {"dense": found.times[found.best_dense].p50, "pruned": found.times["pruned"].p50}
-        if batch == 1:
-            row = {"measure": "latency, batch 1", "unit": "µs"}
-            row |= {name: 1e6 * s for name, s in seconds.items()}
-        else:
-            row = {"measure": f"throughput, batch {batch}", "unit": "images/s"}
-            row |= {name: batch / s for name, s in seconds.items()}
-        gains = found.speedup("pruned")
-        gain = {"gain": seconds["dense"] / seconds["pruned"], "gain_range": [gains.p20, gains.p80]}
-        rows.append({**row, "batch": batch, **gain})
+    summary, device = summarise(tickets, test), test.images.device
+    dense, sparse = dense_network(tickets[0]).to(device), load_sparse(sparse_path).to(device)
+    fractions = tickets[0].rounds[-1]["test_accuracy"], evaluate(sparse, test)[1]
     sizes = len(safetensors.torch.save(dense.state_dict())), sparse_path.stat().st_size
-    row = {"measure": "file size", "unit": "bytes", "dense": sizes[0], "pruned": sizes[1]}
-    rows.append({**row, "gain": sizes[0] / sizes[1]})
-    summary = summarise(ticket, test.images.device.type)
+    size = {"measure": "file size", "unit": "bytes", "dense": sizes[0], "pruned": sizes[1]}
+
+    R, C = tickets[-1].settings["export_blocksize"]
+    between = {str(n): sparse_network(t, (R, C)).to(device) for n, t in enumerate(tickets[1:-1])}
+    busy, speeds, left_out = load_of_others(), [], {}
+    for batch in (1, 64, 1024):
+        models = {"dense": dense, "pruned": sparse, **(between if batch == 1 else {})}
+        images = test.images[:1].expand(batch, -1, -1, -1).contiguous()
+        found = benchmark(models, images, turns=3 * TURNS if busy else TURNS)
+        speeds.append(speed(found, batch, busy is not None))
+        left_out |= found.left_out
+        if batch == 1:
+            times = [found.times[name].p50 for name in (found.best_dense, *between, "pruned")]
+
     for layer in summary["layers"]:
         module = sparse.get_submodule(layer["layer"])
         layer["stored"] = _stored(module)
         if not isinstance(module, BlockSparse):
-            R, C = ticket.settings["export_blocksize"]
             layer.setdefault("dense", f"it has no empty {R}x{C} block")
     stored = sum(layer["stored"] for layer in summary["layers"])
-    stored_density = stored / sum(math.prod(layer["shape"]) for layer in summary["layers"])
     return {
         **summary,
         "backend": backend(test.images).name,
-        "stored_density": stored_density,
-        "rows": rows,
+        "stored_density": stored / sum(math.prod(layer["shape"]) for layer in summary["layers"]),
+        "latency": [1e6 * seconds for seconds in times],
+        "left_out": left_out,
+        "busy": busy,
+        "rows": [
+            accuracy(*fractions, len(test.labels)),
+            *speeds,
+            {**size, "gain": sizes[0] / sizes[1]},
+        ],
     }
+
+
+def accuracy(dense: float, pruned: float, images: int) -> dict:
+    """The row of test accuracy, in percent; "noise" is the `interval` of the dense network."""
+    low, high = interval(dense, images)
+    row = {"measure": "test accuracy", "unit": "%", "dense": 100 * dense, "pruned": 100 * pruned}
+    return {**row, "noise": [100 * low, 100 * high]}
+
+
+def mean_image(images: Tensor) -> list[list[float]]:
+    """images: (n, 1, height, width) -> (height, width), from 0 to 1"""
+    mean = images.mean((0, 1))
+    mean = (mean - mean.min()) / (mean.max() - mean.min()).clamp(min=1e-9)
+    return [[round(grey, 2) for grey in row] for row in mean.tolist()]
+
+
+def interval(fraction: float, images: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy that was found on so many images."""
+    z = 1.96
+    middle = fraction + z**2 / (2 * images)
+    half = z * math.sqrt(fraction * (1 - fraction) / images + (z / (2 * images)) ** 2)
+    return (middle - half) / (1 + z**2 / images), (middle + half) / (1 + z**2 / images)
+
+
+def speed(found: Benchmark, batch: int, busy: bool) -> dict:
+    """The row of "pruned" against the best "dense", which was run as its "rival" says.
+
+    "plain" is the dense network in plain torch. "gain_range" has the 20th and 80th percentile of
+    the gain over the turns; on a busy machine, which spoils more of them, the 5th and 95th.
+    """
+    names = {"plain": "dense", "dense": found.best_dense, "pruned": "pruned"}
+    seconds = {name: found.times[model].p50 for name, model in names.items()}
+    gains = found.speedup("pruned")
+    twentieths = quantiles(gains.turns, n=20)
+    if batch == 1:
+        row = {"measure": "latency, batch 1", "unit": "µs"}
+        row |= {name: 1e6 * s for name, s in seconds.items()}
+    else:
+        row = {"measure": f"speed, batch {batch}", "unit": "images/s"}
+        row |= {name: batch / s for name, s in seconds.items()}
+    return {
+        **row,
+        "batch": batch,
+        "rival": found.best_dense.removeprefix("dense, ").replace("dense", "plain torch"),
+        "gain": seconds["dense"] / seconds["pruned"],
+        "gain_range": [twentieths[0], twentieths[-1]] if busy else [gains.p20, gains.p80],
+    }
+
+
+def load_of_others() -> list[float] | None:
+    """The load of the machine and its cores, where other programs leave too few for this one."""
+    if not hasattr(os, "getloadavg"):  # on Windows
+        return None
+    load, cores, threads = os.getloadavg()[0], os.cpu_count(), torch.get_num_threads()
+    own = min(threads, time.process_time() / 60)  # what this program added in the last minute
+    return [load, cores] if load - own + threads > cores + SLACK else None
 
 
 def _stored(layer: nn.Module) -> int:

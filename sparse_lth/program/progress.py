@@ -13,7 +13,11 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import write
+from ..weights import weight_name
+from .flags import plain
+from .folder import ticket_path
 from .lottery import Lottery, State
+from .tickets import make_ticket
 
 
 class Console(rich.console.Console):
@@ -36,7 +40,7 @@ def watch(
     On a terminal a bar is shown, elsewhere a line is printed for every epoch.
     """
     ends, epochs = [*accumulate(lottery.evaluations)], lottery.config.epochs
-    curves = _Curves(run_dir / "tensorboard", epochs, len(start.history), console)
+    curves = _Curves(run_dir / "tensorboard", epochs, console)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -56,6 +60,8 @@ def watch(
     with progress as bar, closing(curves):
         task = bar.add_task(doing(), total=ends[-1], completed=len(start.history))
         for state in states:
+            if state.epoch == epochs and "control" not in state.history[-1]:
+                make_ticket(state).save(ticket_path(run_dir, state.round))
             state.save(run_dir / "state.safetensors")
             write_metrics(run_dir, list(state.history))
             curves.add(state)
@@ -76,48 +82,67 @@ def describe(record: dict) -> str:
 
 
 class _Curves:
-    """TensorBoard's scalars of every epoch and the masks of every round.
+    """TensorBoard's curves: each round, and each control, is a run of its own, to lie side by side.
+
+    After every epoch its scalars and histograms of the weights that are kept; after the last one of
+    a round its masks and, beside the settings as hparams, what it came to.
 
     Where they cannot be written, one line says so and the run goes on. That is why the events are
     written here: SummaryWriter has a thread of its own, which ends in a traceback on a full disk.
     """
 
-    def __init__(self, folder: Path, epochs: int, step: int, console: Console):
-        self.epochs, self.console, self.records = epochs, console, None
-        try:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-            from tensorboard.summary.writer.record_writer import RecordWriter
+    def __init__(self, folder: Path, epochs: int, console: Console):
+        self.folder, self.epochs, self.console = folder, epochs, console
+        self.run, self.records = None, None  # of the file that is open
+        self.given_up = False
 
-            folder.mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
-            self.event, self.records = Event, RecordWriter(open(folder / name, "wb"))  # noqa: SIM115
-            self._write(file_version="brain.Event:2")
-            # what a run that was killed has beyond this step, TensorBoard drops
-            self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+    def add(self, state: State) -> None:
+        if self.given_up:
+            return
+        try:
+            record = state.history[-1]
+            run = "_".join(filter(None, (f"round_{state.round}", record.get("control"))))
+            if run != self.run:
+                self._open(run, state.epoch)
+            self._add(state)
+            self.records.flush()
         except ImportError:
             self._give_up("pip install tensorboard to have them")
         except OSError as error:
             self._give_up(error)
 
-    def add(self, state: State) -> None:
-        if self.records is None:
-            return
+    def _open(self, run: str, epoch: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.close()
+        folder = self.folder / run
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        self.event, self.records = Event, RecordWriter(open(folder / name, "wb"))  # noqa: SIM115
+        self.run = run
+        self._write(file_version="brain.Event:2")
+        # what a run that was killed has from this step on, TensorBoard drops
+        self._write(step=epoch, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, state: State) -> None:
         from torch.utils.tensorboard import summary
 
-        step, control = len(state.history), "control" in state.history[-1]
-        try:
-            for name, value in state.history[-1].items():
-                if isinstance(value, float):
-                    tag = f"{state.history[-1]['control']}/{name}" if control else name
-                    self._write(step=step, summary=summary.scalar(tag, value))
-            if state.epoch == self.epochs:
-                for name, mask in state.masks.items():
-                    matrix = mask.flatten(1).float()
-                    image = summary.image(f"mask/{name}", matrix, dataformats="HW")
-                    self._write(step=step, summary=image)
-            self.records.flush()
-        except OSError as error:
-            self._give_up(error)
+        record = state.history[-1]
+        figures = {name: value for name, value in record.items() if isinstance(value, float)}
+        parts = [summary.scalar(name, value) for name, value in figures.items()]
+        for name, mask in state.masks.items():
+            kept = state.weights[weight_name(name)][mask].cpu().numpy()
+            parts.append(summary.histogram(f"weights/{name}", kept, bins=64))
+        if state.epoch == self.epochs:
+            for name, mask in state.masks.items():
+                matrix = mask.flatten(1).float()
+                parts.append(summary.image(f"mask/{name}", matrix, dataformats="HW"))
+            settings = {"round": state.round, "density": record["density"]}
+            settings |= {name: plain(value) for name, value in state.settings.items()}
+            parts += summary.hparams(settings, figures)
+        for part in parts:
+            self._write(step=state.epoch, summary=part)
 
     def close(self) -> None:
         if self.records is not None:
@@ -131,6 +156,7 @@ class _Curves:
 
     def _give_up(self, reason: object) -> None:
         self.close()
+        self.given_up = True
         self.console.print(
             f"no TensorBoard curves: {reason}", markup=False, highlight=False, soft_wrap=True
         )

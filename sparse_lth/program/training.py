@@ -80,3 +80,13 @@ def evaluate(
         loss = loss + loss_fn(logits, labels, reduction="sum")
         correct = correct + (logits.argmax(1) == labels).sum()
     return float(loss) / total, int(correct) / total
+
+
+@torch.inference_mode()
+def confusion(model: nn.Module, split: Split) -> list[list[int]]:
+    """How many images of each class, a row, are taken for each class, a column."""
+    model.eval()
+    logits = torch.cat([model(images) for images in split.images.split(1000)])
+    classes = logits.shape[1]
+    pairs = split.labels * classes + logits.argmax(1)
+    return pairs.bincount(minlength=classes**2).view(classes, classes).tolist()
