@@ -72,8 +72,8 @@ def test_figures_and_page_are_drawn_from_the_files_alone(made_up, capsys, monkey
     assert paper.main(["plot", str(made_up)]) == 0
     assert capsys.readouterr().out == f"page: {made_up / 'index.html'}\n"
     html = (made_up / "index.html").read_text()
-    assert html.count("<img") == len(list((made_up / "figures").glob("*.png"))) == 9
-    assert html.count("data:image/svg+xml;base64,") == 9
+    assert len(list((made_up / "figures").glob("*.png"))) == 9
+    assert html.count("<img") == html.count("data:image/svg+xml;base64,") >= 9  # a panel each
     assert "http" not in html
     assert "200 iterations for each of" in html
     assert f"Of {len(PAIRS) + 8 + len(BEYOND)} claims" in html
