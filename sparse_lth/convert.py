@@ -18,6 +18,7 @@ from .conv import SparseConv2d
 from .huggingface import is_conv1d, refuse_from_pretrained
 from .kernels import backend
 from .layers import SparseLinear
+from .sequential import SparseSequential
 
 SMALLER = ((16, 16), (16, 4), (16, 1), (8, 8), (8, 1), (4, 4), (1, 1))  # to suggest, best first
 
@@ -78,7 +79,8 @@ def sparsify_(
     fraction `max_density` of them is not: by default, the density up to which a sparse layer is
     the faster one on its device and in its dtype; 1.0 converts all that have an empty block.
     `nn.Linear`, `nn.Conv2d` of one group and Hugging Face's `Conv1D` are converted, other classes
-    are left.
+    are left. An `nn.Sequential` that holds a converted layer becomes a `SparseSequential`, which
+    is one that runs its layers in one call where it can.
 
     Hooks, flags, attributes, the bias and tied weights are kept. All of the layers are replaced, or
     none and an error. filter_fn(module, name) says which may be, by default all. Returns `model`,
@@ -121,6 +123,8 @@ def replace(model: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child in made:
                 parent._modules[name] = made[child]
+                if type(parent) is nn.Sequential:
+                    parent.__class__ = SparseSequential
     for new in made.values():  # last, since the old layer has the same hooks
         own_hooks(new)
         for key, hook in list(new._forward_pre_hooks.items()):

@@ -11,9 +11,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from sparse_lth import SparseConv2d, SparseLinear, conversion, convert, sparsify_
+from sparse_lth import (
+    SparseConv2d,
+    SparseLinear,
+    SparseSequential,
+    conversion,
+    convert,
+    sparsify_,
+)
 from sparse_lth.kernels import linear_native
-from tests.bounds import assert_close
+from tests.bounds import assert_as_exact_as, assert_close
 
 convert_all = functools.partial(sparsify_, max_density=1.0)  # also where no kernel is faster
 
@@ -458,3 +465,20 @@ def test_a_convolution_carries_the_same():
     new(x)
     assert (len(calls), new.note, new.training) == (2, "a note", False)
     assert not new.weight_values.requires_grad
+
+
+class Pipeline(nn.Sequential):
+    """Somebody's own."""
+
+
+@pytest.mark.skipif(linear_native.WHY_NOT is not None, reason="no native kernels")
+def test_layers_in_a_sequential_run_in_one_call():
+    model = nn.ModuleDict({"body": a_model(), "own": Pipeline(*a_model()), "rest": nn.Sequential()})
+    body, x = model["body"], torch.randn(40, 64)
+    with torch.no_grad():
+        dense, exact = body(x), copy.deepcopy(body).double()(x.double())
+        convert_all(model)
+        assert model["body"] is body
+        assert_as_exact_as(body(x), dense, exact)
+    assert len(body._prepared.chain.layers) == 2
+    assert [type(m) for m in model.values()] == [SparseSequential, Pipeline, nn.Sequential]
