@@ -1,0 +1,93 @@
+/* The entry points on bf16 and int8. Included after those on float32, whose checks they use. */
+
+static int check_word_call(const WordSets *sets, const long long *a)
+{
+    if (a[0] < 0 || a[0] >= sets->n) {
+        PyErr_Format(PyExc_ValueError, "expected instruction_set from 0 to %d, got %lld",
+                     sets->n - 1, a[0]);
+        return -1;
+    }
+    return check_at_least(1, "threads", a[1]);
+}
+
+/* x: (batch, features) of bf16 in whole words, `stride` numbers from row to row */
+static int check_word_rows(const char *name, const void *x, long long stride, long long batch)
+{
+    if (check_at_least(0, "batch", batch) || check_rows(name, x, stride, batch))
+        return -1;
+    if (batch == 0 || (stride % 2 == 0 && (uintptr_t)x % 4 == 0))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "expected rows of %s in whole words, got a stride of %lld", name,
+                 stride);
+    return -1;
+}
+
+static int check_word_layer(const WordLayer *l, const void *values)
+{
+    return check_sizes(l->R, l->C, l->in, l->out) ||
+           check_blocks(values, l->crow, ceil_div(l->out, l->R) + 1, l->col);
+}
+
+/* bf16_forward(instruction_set, threads, x, ldx, y, batch, values, bias, crow, col, R, C, in, out,
+   relu, slots)
+   y (batch, out rounded up to even) is written. slots: null, or block t is the transpose of block
+   slots[t] of values, (nnz, R, C). bias: (out,) floats */
+static PyObject *py_bf16_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    enum { SET, THREADS, X, LDX, Y, BATCH, VALUES, BIAS, CROW, COL, R, C, IN, OUT, RELU, SLOTS,
+           ARGUMENTS };
+    long long a[ARGUMENTS];
+    (void)self;
+    if (ints(args, nargs, ARGUMENTS, a))
+        return NULL;
+    WordLayer l = {.crow = (int32_t *)a[CROW], .col = (int32_t *)a[COL], .R = a[R], .C = a[C],
+                   .in = a[IN], .out = a[OUT], .per_word = 2, .planes = a[C] % 2,
+                   .bias = (float *)a[BIAS], .relu = a[RELU] != 0};
+    const int32_t *slots = (int32_t *)a[SLOTS];
+    const Blocks blocks = {.values = (void *)a[VALUES], .slots = slots,
+                           .output_step = slots ? a[C] : 1, .input_step = slots ? 1 : a[R]};
+    void *y = (void *)a[Y];
+    if (check_word_call(&bf16_sets, a) || check_word_layer(&l, blocks.values) ||
+        check_word_rows("x", (void *)a[X], a[LDX], a[BATCH]) ||
+        check_word_rows("y", y, 0, a[BATCH]))
+        return NULL;
+    int failed;
+    Py_BEGIN_ALLOW_THREADS;
+    failed = word_forward(bf16_sets.kernels[a[SET]], &l, &blocks, (void *)a[X], a[LDX] / 2, y,
+                          ceil_div(l.out, 2), a[BATCH], (int)min64(a[THREADS], MAX_THREADS));
+    Py_END_ALLOW_THREADS;
+    return none_or_no_memory(failed);
+}
+
+/* bf16_sddmm(instruction_set, threads, grad, x, values, crow, col, ldg, ldx, batch, R, C, in, out);
+   values (nnz, C, R) is written */
+static PyObject *py_bf16_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    enum { SET, THREADS, GRAD, X, VALUES, CROW, COL, LDG, LDX, BATCH, R, C, IN, OUT, ARGUMENTS };
+    long long a[ARGUMENTS];
+    (void)self;
+    if (ints(args, nargs, ARGUMENTS, a))
+        return NULL;
+    WordLayer l = {.crow = (int32_t *)a[CROW], .col = (int32_t *)a[COL], .R = a[R], .C = a[C],
+                   .in = a[IN], .out = a[OUT], .per_word = 2, .planes = 1};
+    void *grad = (void *)a[GRAD], *x = (void *)a[X], *values = (void *)a[VALUES];
+    if (check_word_call(&bf16_sets, a) || check_word_layer(&l, values) ||
+        check_word_rows("grad", grad, a[LDG], a[BATCH]) ||
+        check_word_rows("x", x, a[LDX], a[BATCH]))
+        return NULL;
+    int failed;
+    Py_BEGIN_ALLOW_THREADS;
+    failed = word_sddmm(bf16_sets.kernels[a[SET]], &l, grad, a[LDG] / 2, x, a[LDX] / 2, a[BATCH],
+                        values, (int)min64(a[THREADS], MAX_THREADS));
+    Py_END_ALLOW_THREADS;
+    return none_or_no_memory(failed);
+}
+
+/* The names of the instruction sets of each type; 0, or -1 with an exception set. */
+static int add_word_sets(PyObject *m)
+{
+    PyObject *names = PyTuple_New(bf16_sets.n);
+    for (int i = 0; names && i < bf16_sets.n; i++)
+        PyTuple_SET_ITEM(names, i, PyUnicode_FromString(bf16_sets.kernels[i]->name));
+    return names ? PyModule_AddObject(m, "BF16_INSTRUCTION_SETS", names) : -1;
+}
