@@ -26,7 +26,7 @@ def linear(
 
     x: (batch, in_features); values: (nnz, C, R); bias: (out_features,) -> (batch, out_features)
     """
-    bias, relu = None if bias is None else bias.float(), activation == "relu"
+    bias, relu = None if bias is None else held(bias), activation == "relu"
     y = _forward(x, held(values), (*pattern[:2], None), bias, (out_features, relu))
     return F.gelu(y) if activation == "gelu" else y
 
@@ -45,7 +45,7 @@ def _forward(
     output: tuple[int, bool],
 ) -> Tensor:
     """x: (batch, inputs); indices: compressed, plain, and slots of a transposed weight, or None;
-    bias: (outputs,) in float32; output: how many, and whether ReLU -> (batch, outputs)"""
+    bias: (outputs,); output: how many, and whether ReLU -> (batch, outputs)"""
     (compressed, plain, slots), (outputs, relu), inputs = indices, output, x.shape[1]
     block = values.shape[1:] if slots is not None else values.shape[:0:-1]  # (R, C)
     x, y = in_words(x), x.new_empty(len(x), outputs + outputs % 2)

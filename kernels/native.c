@@ -72,6 +72,8 @@ static void find_usable(void)
     usable[n_usable++] = &kernels_baseline;
 }
 
+enum { MAX_LAYERS = 64 }; /* of a call */
+
 #include "batch.c"
 #include "conv.c"
 #include "words_sets.c"
@@ -149,8 +151,6 @@ static PyObject *none_or_no_memory(int failed)
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
-
-enum { MAX_LAYERS = 64 };
 
 /* forward(instruction_set, threads, x, ldx, y, batch, *layers)
    a layer: values, bias, crow, col, R, C, in, out, relu; y (batch, out of the last) is written */

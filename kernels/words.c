@@ -3,6 +3,20 @@
 
 static char *allocate_bytes(int64_t bytes) { return (char *)allocate(ceil_div(bytes, 4)); }
 
+/* Bytes of a row of `features`: floats, or bf16 in whole words. */
+static int64_t row_bytes(const WordKernels *k, int64_t features)
+{
+    return 4 * (k->quantize ? features : ceil_div(features, 2));
+}
+
+static int is_better_tall(const WordLayer *l, int64_t batch)
+{
+    static int most = -1;
+    if (most < 0) most = getenv("TALL") ? atoi(getenv("TALL")) : 1 << 30;
+    (void)l;
+    return batch <= most;
+}
+
 /* How many of `each` a thread takes at a time, of which there are to be about `about`. */
 static int64_t range_of(int64_t about, int64_t each) { return max64(1, about / each); }
 
@@ -24,11 +38,16 @@ static void word_pack_range(void *arg, int64_t i, int worker)
                      p->inputs);
 }
 
-/* Sets l->packed and l->inputs, in *to unless the layer can be read as it is stored; without values
+/* Sets l->tall, or l->packed and l->inputs, in *to unless the layer can be read as it is stored; without values
    only the inputs. 0, or -1 if there is no memory. */
-static int pack_words(const WordKernels *k, WordLayer *l, const Blocks *blocks, int threads,
-                      char **to)
+static int pack_words(const WordKernels *k, WordLayer *l, const Blocks *blocks, int64_t batch,
+                      int threads, char **to)
 {
+    *to = NULL;
+    l->values = blocks->values;
+    l->tall = blocks->values && !blocks->slots && l->R % k->height == 0 && is_better_tall(l, batch);
+    if (l->tall)
+        return 0;
     const int64_t rows = ceil_div(l->out, l->R), kept = l->crow[rows] * l->C;
     const int whole = l->planes || l->in % l->per_word == 0;
     const int as_stored = !blocks->values || (l->R == 1 && !blocks->slots && whole);
@@ -37,7 +56,6 @@ static int pack_words(const WordKernels *k, WordLayer *l, const Blocks *blocks, 
     *to = allocate_bytes(bytes + 4 * inputs);
     if (!*to)
         return -1;
-    l->values = blocks->values;
     l->packed = as_stored ? NULL : *to;
     l->inputs = inputs ? (int32_t *)(*to + bytes) : l->col;
     if (as_stored && !inputs)
@@ -52,95 +70,125 @@ static int pack_words(const WordKernels *k, WordLayer *l, const Blocks *blocks, 
 
 typedef struct {
     const WordKernels *kernels;
-    const WordLayer *layer;
-    const void *x;
+    const WordLayer *layers;
+    int n, threads; /* layers; threads for one layer of one tile */
+    const char *x;
     char *y;
-    int64_t ldx, ldy, batch, lanes; /* ldx in words of bf16, in floats of int8; ldy in words */
-    int64_t range;                  /* block rows that a thread takes at a time */
-    int threads;                    /* for one tile */
-    char *scratch;                  /* (workers, part) */
-    int64_t part, y_part;
+    int64_t ldx, ldy, batch, tile; /* ldx, ldy in bytes; rows of a tile, which are its lanes */
+    char *scratch;                 /* (workers, part) */
+    int64_t part, rows_part, x_part, y_part; /* bytes */
 } WordForward;
 
-/* One tile of the batch: its rows, and x transposed. */
+/* One layer on one tile of the batch. */
 typedef struct {
-    const WordForward *call;
-    const float *rows;
-    char *x, *y; /* y: (threads, y_part) */
-    int64_t ldx, begin, count;
+    const WordKernels *kernels;
+    const WordLayer *layer;
+    const char *rows; /* (count, in) */
+    char *x, *y;      /* x transposed; (threads, y_part) outputs, transposed */
+    char *to;         /* (count, out) */
+    int64_t ldrows, ldto, count, lanes, y_part, range;
     Scaling scaling;
-} WordTile;
+} WordStep;
 
-enum { WORDS_ENTERING = 64 };
+/* Words of x, or block rows, that a thread takes at a time. An even number of the latter, since two
+   outputs may share a word. */
+enum { WORDS_ENTERING = 64, OUTPUTS_TAKEN = 64 };
+
+static int64_t word_range(const WordLayer *l) { return 2 * range_of(OUTPUTS_TAKEN / 2, l->R); }
 
 static void word_enter_range(void *arg, int64_t i, int worker)
 {
-    const WordTile *t = arg;
-    const WordLayer *l = t->call->layer;
+    const WordStep *s = arg;
+    const WordLayer *l = s->layer;
     const int64_t begin = i * WORDS_ENTERING, all = ceil_div(l->in, l->per_word);
     (void)worker;
-    t->call->kernels->enter(t->rows, t->ldx, t->count, begin, min64(all, begin + WORDS_ENTERING),
-                            l->planes, t->x, t->call->lanes);
+    s->kernels->enter((const float *)s->rows, s->ldrows / 4, s->count, begin,
+                      min64(all, begin + WORDS_ENTERING), l->planes, s->x, s->lanes);
 }
 
 static void word_output_range(void *arg, int64_t i, int worker)
 {
-    const WordTile *t = arg;
-    const WordForward *f = t->call;
-    const WordLayer *l = f->layer;
-    const int64_t begin = i * f->range, end = min64(ceil_div(l->out, l->R), begin + f->range);
+    const WordStep *s = arg;
+    const WordLayer *l = s->layer;
+    const int64_t begin = i * s->range, end = min64(ceil_div(l->out, l->R), begin + s->range);
     const int64_t first = begin * l->R, outputs = min64(l->out, end * l->R) - first;
-    char *y = t->y + worker * f->y_part;
-    f->kernels->outputs(l, begin, end, t->x, f->lanes, &t->scaling, y);
-    f->kernels->leave(y, f->lanes, first, outputs, f->y + 4 * t->begin * f->ldy, f->ldy, t->count);
+    char *y = s->y + worker * s->y_part;
+    if (l->tall) {
+        s->kernels->tall(l, begin, end, s->rows, s->ldrows, &s->scaling, s->to, s->ldto, s->count);
+        return;
+    }
+    s->kernels->outputs(l, begin, end, s->x, s->lanes, &s->scaling, y);
+    s->kernels->leave(y, s->lanes, first, outputs, s->to, s->ldto / 4, s->count);
 }
 
+/* Rows i * tile .. of the batch through all layers, back and forth between two buffers. */
 static void word_tile(void *arg, int64_t i, int worker)
 {
     const WordForward *f = arg;
-    const WordLayer *l = f->layer;
-    const int64_t words = ceil_div(l->in, l->per_word), begin = i * f->lanes;
-    char *scratch = f->scratch + worker * f->part;
-    WordTile t = {.call = f, .x = scratch, .y = scratch + 4 * words * f->lanes, .ldx = f->ldx,
-                  .begin = begin, .count = min64(f->lanes, f->batch - begin)};
-    t.rows = (const float *)f->x + begin * f->ldx;
-    if (f->kernels->quantize) {
-        uint8_t *rows = (uint8_t *)t.y + f->threads * f->y_part;
-        t.scaling.scales = (float *)(rows + 4 * words * f->lanes);
-        t.scaling.zeros = (int32_t *)(t.scaling.scales + f->lanes);
-        f->kernels->quantize(t.rows, f->ldx, t.count, l->in, rows, words, &t.scaling);
-        t.rows = (const float *)rows, t.ldx = words;
+    const WordKernels *k = f->kernels;
+    const int64_t begin = i * f->tile;
+    char *buffer = f->scratch + worker * f->part, *other = buffer + f->rows_part;
+    WordStep s = {.kernels = k, .rows = f->x + begin * f->ldx, .ldrows = f->ldx,
+                  .x = other + f->rows_part, .count = min64(f->tile, f->batch - begin),
+                  .lanes = f->tile, .y_part = f->y_part};
+    s.y = s.x + f->x_part;
+    for (int j = 0; j < f->n; j++) {
+        const WordLayer *l = s.layer = &f->layers[j];
+        const int64_t words = ceil_div(l->in, l->per_word);
+        if (k->quantize) {
+            char *numbers = s.y + f->threads * f->y_part;
+            s.scaling.scales = (float *)(numbers + f->x_part);
+            s.scaling.zeros = (int32_t *)(s.scaling.scales + f->tile);
+            k->quantize((const float *)s.rows, s.ldrows / 4, s.count, l->in, (uint8_t *)numbers,
+                        words, &s.scaling);
+            s.rows = numbers, s.ldrows = 4 * words;
+        }
+        s.range = word_range(l);
+        s.ldto = j == f->n - 1 ? f->ldy : row_bytes(k, l->out);
+        s.to = j == f->n - 1 ? f->y + begin * f->ldy : buffer;
+        if (!l->tall)
+            parallel_for(f->threads, ceil_div(words, WORDS_ENTERING), word_enter_range, &s);
+        parallel_for(f->threads, ceil_div(ceil_div(l->out, l->R), s.range), word_output_range, &s);
+        s.rows = s.to, s.ldrows = s.ldto, buffer = other, other = s.to;
     }
-    parallel_for(f->threads, ceil_div(words, WORDS_ENTERING), word_enter_range, &t);
-    parallel_for(f->threads, ceil_div(ceil_div(l->out, l->R), f->range), word_output_range, &t);
 }
 
-/* 0, or -1 if there is no memory. x: bf16 in whole words, or for int8 floats */
-static int word_forward(const WordKernels *k, WordLayer *l, const Blocks *blocks, const void *x,
-                        int64_t ldx, void *y, int64_t ldy, int64_t batch, int threads)
+/* 0, or -1 if there is no memory. x, y: (batch, features), rows ldx bytes and row_bytes apart */
+static int word_forward(const WordKernels *k, WordLayer *layers, const Blocks *blocks, int n,
+                        const void *x, int64_t ldx, void *y, int64_t batch, int threads)
 {
-    const int64_t rows = ceil_div(l->out, l->R), words = ceil_div(l->in, l->per_word);
-    const int64_t lanes = batch > k->lanes ? k->most_lanes : k->lanes;
-    const int64_t tiles = ceil_div(batch, lanes);
-    char *packed;
+    char *packed[MAX_LAYERS] = {0};
+    WordForward f = {.kernels = k, .layers = layers, .n = n, .x = x, .y = y, .ldx = ldx,
+                     .ldy = row_bytes(k, layers[n - 1].out), .batch = batch,
+                     .tile = batch > k->lanes ? k->most_lanes : k->lanes};
+    const int64_t tiles = ceil_div(batch, f.tile);
+    int64_t work = 0;
+    int failed = 0;
     if (batch == 0)
         return 0;
-    threads = (int)max64(1, min64(threads, batch * l->crow[rows] * l->R * l->C / WORTH_A_THREAD));
-    if (pack_words(k, l, blocks, threads, &packed))
-        return -1;
+    for (int j = 0; j < n; j++) {
+        const WordLayer *l = &layers[j];
+        work += batch * l->crow[ceil_div(l->out, l->R)] * l->R * l->C;
+        f.rows_part = max64(f.rows_part, f.tile * row_bytes(k, l->out));
+        f.x_part = max64(f.x_part, 4 * f.tile * ceil_div(l->in, l->per_word));
+        f.y_part = max64(f.y_part, 4 * f.tile * word_range(l) * l->R);
+    }
+    threads = (int)max64(1, min64(threads, work / WORTH_A_THREAD));
     const int across = tiles >= threads ? threads : 1; /* threads over tiles, or over outputs */
-    WordForward f = {.kernels = k, .layer = l, .x = x, .y = y, .ldx = ldx, .ldy = ldy,
-                     .batch = batch, .lanes = lanes, .threads = threads / across,
-                     .range = 2 * range_of(32, l->R)}; /* even: two outputs may share a word */
-    f.y_part = f.range * l->R * lanes * 4;
-    f.part = 4 * words * lanes + f.threads * f.y_part;
-    f.part += k->quantize ? (4 * words + 8) * lanes : 0;
+    f.threads = threads / across;
+    f.part = 2 * f.rows_part + f.x_part + f.threads * f.y_part;
+    f.part += k->quantize ? f.x_part + 8 * f.tile : 0;
     f.scratch = allocate_bytes(across * f.part);
-    if (f.scratch)
+    for (int j = 0; j < n; j++)
+        failed |= pack_words(k, &layers[j], &blocks[j], batch, threads, &packed[j]);
+    if (!f.scratch || failed)
+        failed = -1;
+    else
         parallel_for(across, tiles, word_tile, &f);
-    free(packed);
+    for (int j = 0; j < n; j++)
+        free(packed[j]);
     free(f.scratch);
-    return f.scratch ? 0 : -1;
+    return failed;
 }
 
 /* The weight gradient in bf16, in panels of the batch that are added up in order. */
@@ -187,7 +235,7 @@ static int word_sddmm(const WordKernels *k, WordLayer *l, const void *grad, int6
     const int64_t lanes = min64(k->panel, ceil_div(batch, k->lanes) * k->lanes);
     char *packed = NULL, *scratch = allocate_bytes(4 * ((outputs + inputs) * lanes + weights));
     threads = (int)max64(1, min64(threads, weights * batch / WORTH_A_THREAD));
-    if (!scratch || pack_words(k, l, &none, threads, &packed)) {
+    if (!scratch || pack_words(k, l, &none, batch, threads, &packed)) {
         free(scratch);
         return -1;
     }

@@ -16,11 +16,12 @@ typedef struct {
     const int32_t *crow, *col; /* (block_rows + 1,), (nnz,) */
     int64_t R, C, in, out;
     int per_word;          /* numbers in a word */
-    int planes;            /* whether x is (in, lanes) numbers, not (in / per_word, lanes) words */
+    int tall;              /* whether it is taken by rows of the batch, by `tall` below, ... */
+    int planes;            /* or else whether x is (in, lanes) numbers, not (words, lanes) words */
     const char *packed;    /* for each block row (groups, R) words, see row_of */
-    const char *values;    /* where nothing is packed: R = 1, and words are where they are stored */
+    const char *values;    /* (nnz, C, R), where nothing is packed */
     const int32_t *inputs; /* for each block row, its kept inputs, or words of them */
-    const float *bias;     /* (out,) or NULL */
+    const void *bias;      /* (out,) of bf16 or, with int8, floats; or NULL */
     int relu;
     const float *scales;   /* int8: (out,), what a 1 of the weight stands for */
     const int32_t *totals; /* int8: (out,), the sum of an output's weights */
@@ -64,7 +65,7 @@ typedef struct {
     int64_t output_step, input_step;
 } Blocks;
 
-/* A tile of the batch in int8: its rows are scale * (number - zero). */
+/* Rows of the batch in int8, which stand for scale * (number - zero). */
 typedef struct {
     float *scales;  /* (lanes,) */
     int32_t *zeros; /* (lanes,) */
@@ -82,6 +83,9 @@ typedef struct {
     const char *name;
     int lanes, most_lanes; /* a tile has the one or the other */
     int panel;             /* lanes of a tile of the weight gradient */
+    int height;            /* `tall` takes layers whose R is a multiple of this */
+    void (*tall)(const WordLayer *, int64_t begin, int64_t end, const char *x, int64_t ldx,
+                 const Scaling *, char *y, int64_t ldy, int64_t rows);
     /* block rows begin .. end of what a layer reads */
     void (*pack)(const WordLayer *, const Blocks *, int64_t begin, int64_t end, char *packed,
                  int32_t *inputs);

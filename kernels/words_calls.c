@@ -28,33 +28,51 @@ static int check_word_layer(const WordLayer *l, const void *values)
            check_blocks(values, l->crow, ceil_div(l->out, l->R) + 1, l->col);
 }
 
-/* bf16_forward(instruction_set, threads, x, ldx, y, batch, values, bias, crow, col, R, C, in, out,
-   relu, slots)
-   y (batch, out rounded up to even) is written. slots: null, or block t is the transpose of block
-   slots[t] of values, (nnz, R, C). bias: (out,) floats */
+/* bf16_forward(instruction_set, threads, x, ldx, y, batch, *layers)
+   a layer: values, bias, crow, col, R, C, in, out, relu, slots; bias: (out,) of bf16 or null
+   slots: null, or block t is the transpose of block slots[t] of values (nnz, R, C)
+   y (batch, out of the last rounded up to even) is written */
 static PyObject *py_bf16_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    enum { SET, THREADS, X, LDX, Y, BATCH, VALUES, BIAS, CROW, COL, R, C, IN, OUT, RELU, SLOTS,
-           ARGUMENTS };
-    long long a[ARGUMENTS];
+    enum { SET, THREADS, X, LDX, Y, BATCH, HEAD };
+    enum { VALUES, BIAS, CROW, COL, R, C, IN, OUT, RELU, SLOTS, PER_LAYER };
+    long long a[HEAD + PER_LAYER * MAX_LAYERS];
+    WordLayer layers[MAX_LAYERS];
+    Blocks blocks[MAX_LAYERS];
+    const int n = (int)((nargs - HEAD) / PER_LAYER);
     (void)self;
-    if (ints(args, nargs, ARGUMENTS, a))
+    if (n < 1 || n > MAX_LAYERS || nargs != HEAD + n * PER_LAYER) {
+        PyErr_Format(PyExc_TypeError, "expected %d ints and %d for each of 1 to %d layers, got %zd",
+                     HEAD, PER_LAYER, MAX_LAYERS, nargs);
         return NULL;
-    WordLayer l = {.crow = (int32_t *)a[CROW], .col = (int32_t *)a[COL], .R = a[R], .C = a[C],
-                   .in = a[IN], .out = a[OUT], .per_word = 2, .planes = a[C] % 2,
-                   .bias = (float *)a[BIAS], .relu = a[RELU] != 0};
-    const int32_t *slots = (int32_t *)a[SLOTS];
-    const Blocks blocks = {.values = (void *)a[VALUES], .slots = slots,
-                           .output_step = slots ? a[C] : 1, .input_step = slots ? 1 : a[R]};
-    void *y = (void *)a[Y];
-    if (check_word_call(&bf16_sets, a) || check_word_layer(&l, blocks.values) ||
+    }
+    if (ints(args, nargs, nargs, a))
+        return NULL;
+    for (int j = 0; j < n; j++) {
+        const long long *l = a + HEAD + j * PER_LAYER;
+        const int32_t *slots = (int32_t *)l[SLOTS];
+        layers[j] = (WordLayer){.crow = (int32_t *)l[CROW], .col = (int32_t *)l[COL], .R = l[R],
+                                .C = l[C], .in = l[IN], .out = l[OUT], .per_word = 2,
+                                .planes = l[C] % 2 != 0, .bias = (void *)l[BIAS],
+                                .relu = l[RELU] != 0};
+        blocks[j] = (Blocks){.values = (void *)l[VALUES], .slots = slots,
+                             .output_step = slots ? l[C] : 1, .input_step = slots ? 1 : l[R]};
+        if (check_word_layer(&layers[j], blocks[j].values))
+            return NULL;
+        if (j && layers[j].in != layers[j - 1].out) {
+            PyErr_Format(PyExc_ValueError, "expected in_features %lld for layer %d, got %lld",
+                         (long long)layers[j - 1].out, j, l[IN]);
+            return NULL;
+        }
+    }
+    if (check_word_call(&bf16_sets, a) ||
         check_word_rows("x", (void *)a[X], a[LDX], a[BATCH]) ||
-        check_word_rows("y", y, 0, a[BATCH]))
+        check_word_rows("y", (void *)a[Y], 0, a[BATCH]))
         return NULL;
     int failed;
     Py_BEGIN_ALLOW_THREADS;
-    failed = word_forward(bf16_sets.kernels[a[SET]], &l, &blocks, (void *)a[X], a[LDX] / 2, y,
-                          ceil_div(l.out, 2), a[BATCH], (int)min64(a[THREADS], MAX_THREADS));
+    failed = word_forward(bf16_sets.kernels[a[SET]], layers, blocks, n, (void *)a[X], 2 * a[LDX],
+                          (void *)a[Y], a[BATCH], (int)min64(a[THREADS], MAX_THREADS));
     Py_END_ALLOW_THREADS;
     return none_or_no_memory(failed);
 }

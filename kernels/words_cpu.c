@@ -14,9 +14,17 @@
    zipping planes, which stays within 128 bits, gives words in the order of the batch. */
 
 #define BYTES (4 * LANES)
+#if PER_WORD == 2
+#define NUMBER uint16_t
+#define SUMS floats
+#else
+#define NUMBER uint8_t
+#define SUMS ints
+#endif
 
 typedef uint32_t NAME(words) __attribute__((vector_size(BYTES), aligned(4), may_alias));
 typedef int32_t NAME(ints) __attribute__((vector_size(BYTES), aligned(4), may_alias));
+typedef NUMBER NAME(numbers) __attribute__((vector_size(LANES * sizeof(NUMBER)), aligned(1), may_alias));
 typedef float NAME(floats) __attribute__((vector_size(BYTES), aligned(4), may_alias));
 typedef uint16_t NAME(halves) __attribute__((vector_size(BYTES), may_alias));
 typedef uint8_t NAME(bytes) __attribute__((vector_size(BYTES), may_alias));
@@ -25,18 +33,12 @@ typedef uint8_t NAME(bytes) __attribute__((vector_size(BYTES), may_alias));
 #define floats NAME(floats)
 #define LOAD_WORDS(p) (*(const words *)(p))
 #define STORE_WORDS(p, v) (*(words *)(p) = (v))
+#define RELU(v) ((floats)((ints)(v) & ~(ints)((v) < 0))) /* NaN stays NaN */
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #ifdef __clang__
 #define UNROLL _Pragma("unroll")
 #else
 #define UNROLL _Pragma("GCC unroll 32")
-#endif
-#if PER_WORD == 2
-#define NUMBER uint16_t
-#define SUMS floats
-#else
-#define NUMBER uint8_t
-#define SUMS ints
 #endif
 
 #ifndef DOT /* without an instruction for it: the numbers are widened in the words */
@@ -62,6 +64,10 @@ INLINE ints NAME(dot)(ints acc, words w, words x)
     return acc + ADD_PAIRS(odd, (pairs)w >> 8);
 }
 #endif
+#endif
+
+#ifndef WIDEN /* LANES numbers from p on as words */
+#define WIDEN(p) __builtin_convertvector(*(const NAME(numbers) *)(p), words)
 #endif
 
 /* Zips and unzips of 16 or 8 bits, in each 128 bits by itself: LO takes the first half of both
@@ -272,6 +278,50 @@ INLINE words NAME(rounded)(floats v)
 }
 #endif
 
+/* `left` numbers of the bias from `first` on. */
+INLINE floats NAME(bias_of)(const WordLayer *l, int64_t first, int64_t left)
+{
+#if PER_WORD == 2
+    NAME(numbers) bias = {0};
+    memcpy(&bias, (const NUMBER *)l->bias + first, left * sizeof(NUMBER));
+    return (floats)(__builtin_convertvector(bias, words) << 16);
+#else
+    floats bias = {0};
+    memcpy(&bias, (const float *)l->bias + first, left * 4);
+    return bias;
+#endif
+}
+
+/* The outputs from `first` on, LANES of them or as many as there are, for `rows` rows. */
+static TARGET void NAME(finish_rows)(const WordLayer *l, int64_t first, const SUMS *sums, int rows,
+                                     const Scaling *scaling, char *y, int64_t ldy)
+{
+    const int64_t left = min64(LANES, l->out - first);
+    floats bias = {0};
+    if (l->bias)
+        bias = NAME(bias_of)(l, first, left);
+#if PER_WORD == 4
+    ints totals = {0};
+    floats scales = {0};
+    memcpy(&totals, l->totals + first, left * 4);
+    memcpy(&scales, l->scales + first, left * 4);
+#endif
+    for (int m = 0; m < rows; m++, y += ldy) {
+#if PER_WORD == 2
+        floats v = sums[m] + bias;
+        v = l->relu ? RELU(v) : v;
+        const NAME(numbers) numbers = __builtin_convertvector(NAME(rounded)(v) >> 16, NAME(numbers));
+        memcpy(y + 2 * first, &numbers, left * 2);
+#else
+        floats v = __builtin_convertvector(sums[m] - totals * scaling->zeros[m], floats) *
+                       (scales * scaling->scales[m]) + bias;
+        v = l->relu ? RELU(v) : v;
+        memcpy(y + 4 * first, &v, left * 4);
+#endif
+    }
+    (void)scaling;
+}
+
 /* Outputs o .. o + outputs of a layer from their sums. */
 INLINE void NAME(finish)(const int outputs, const int nv, const WordLayer *l, int64_t o,
                          const SUMS *sums, const Scaling *scaling, char *y)
@@ -289,9 +339,8 @@ INLINE void NAME(finish)(const int outputs, const int nv, const WordLayer *l, in
                    (scale * l->scales[o + a]);
 #endif
             if (l->bias)
-                v[j] += l->bias[o + a];
-            if (l->relu) /* NaN stays NaN */
-                v[j] = (floats)((ints)v[j] & ~(ints)(v[j] < 0));
+                v[j] += NAME(bias_of)(l, o + a, 1)[0];
+            v[j] = l->relu ? RELU(v[j]) : v[j];
         }
 #if PER_WORD == 2
         UNROLL for (int u = 0; u < nv / 2; u++)
@@ -347,6 +396,80 @@ static TARGET void NAME(outputs)(const WordLayer *l, int64_t begin, int64_t end,
         NAME(outputs_of)(PER_WORD, 1, l, begin, end, x, scaling, y);
     else
         NAME(outputs_of)(PER_WORD, 0, l, begin, end, x, scaling, y);
+}
+
+/* A register tile: LANES outputs of block row i from r0 for `rows` rows of the batch, x as it comes.
+   A vector of words is made of rows of a block as it is stored, and meets broadcast inputs. Few
+   rows are too few sums to hide the latency of an addition: each is then taken in chains. */
+INLINE void NAME(tile)(const int rows, const WordLayer *l, int64_t i, int64_t r0, const char *x,
+                       int64_t ldx, const Scaling *scaling, char *y, int64_t ldy)
+{
+    const int chains = rows >= 8 ? 1 : rows >= 4 ? 2 : 4;
+    const int64_t R = l->R, C = l->C;
+    SUMS acc[16];
+    UNROLL for (int a = 0; a < chains * rows; a++) acc[a] = (SUMS){0};
+    for (int64_t n = l->crow[i]; n < l->crow[i + 1]; n++) {
+        const int64_t k = l->col[n] * C, inside = min64(C, l->in - k);
+        const NUMBER *w = (const NUMBER *)l->values + n * C * R + r0;
+        const char *p[6];
+        int64_t c = 0;
+        UNROLL for (int m = 0; m < rows; m += 3) {
+            p[m / 3] = x + k * sizeof(NUMBER) + m * ldx;
+            __asm__("" : "+r"(p[m / 3])); /* a pointer for 3 rows: as many offsets would spill */
+        }
+#define ADD(j, c, count)                                                                           \
+    {                                                                                              \
+        words weights = WIDEN(w + (c) * R);                                                        \
+        UNROLL for (int t = 1; t < (count); t++) weights |= WIDEN(w + ((c) + t) * R)               \
+                                                            << 32 / PER_WORD * t;                  \
+        UNROLL for (int m = 0; m < rows; m++)                                                      \
+        {                                                                                          \
+            Word input = 0;                                                                        \
+            memcpy(&input, p[m / 3] + m % 3 * ldx + (c) * sizeof(NUMBER),                          \
+                   (count) * sizeof(NUMBER));                                                      \
+            acc[(j) * rows + m] = DOT(acc[(j) * rows + m], weights, (words){0} + input);           \
+        }                                                                                          \
+    }
+        for (; c + chains * PER_WORD <= inside; c += chains * PER_WORD)
+            UNROLL for (int j = 0; j < chains; j++) ADD(j, c + j * PER_WORD, PER_WORD)
+        for (; chains > 1 && c + PER_WORD <= inside; c += PER_WORD)
+            ADD(0, c, PER_WORD)
+        for (; c < inside; c++)
+            ADD(0, c, 1)
+#undef ADD
+    }
+    SUMS sums[14];
+    UNROLL for (int m = 0; m < rows; m++) {
+        sums[m] = acc[m];
+        UNROLL for (int j = 1; j < chains; j++) sums[m] += acc[j * rows + m];
+    }
+    NAME(finish_rows)(l, i * R + r0, sums, rows, scaling, y, ldy);
+}
+
+/* Block rows begin .. end of a layer whose R is a multiple of LANES: x (rows, in) -> y (rows, out),
+   rows ldx and ldy bytes apart. */
+static TARGET void NAME(tall)(const WordLayer *l, int64_t begin, int64_t end, const char *x,
+                              int64_t ldx, const Scaling *scaling, char *y, int64_t ldy,
+                              int64_t rows)
+{
+    enum { MOST = LANES == 16 ? 14 : 8 };
+    const int64_t groups = ceil_div(rows, MOST);
+    for (int64_t i = begin; i < end; i++)
+        for (int64_t r0 = 0; r0 < l->R && i * l->R + r0 < l->out; r0 += LANES)
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t m = rows * g / groups, size = rows * (g + 1) / groups - m;
+                const Scaling from = {.scales = scaling->scales + m, .zeros = scaling->zeros + m};
+#define TILE(n)                                                                                    \
+    case n:                                                                                        \
+        if (n <= MOST)                                                                             \
+            NAME(tile)(n <= MOST ? n : 1, l, i, r0, x + m * ldx, ldx, &from, y + m * ldy, ldy);    \
+        break;
+                switch (size) {
+                    TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9)
+                    TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
+                }
+#undef TILE
+            }
 }
 
 static TARGET void NAME(leave)(const char *y, int64_t lanes, int64_t first, int64_t outputs,
@@ -445,6 +568,7 @@ static TARGET void NAME(round)(const float *from, int64_t n, uint16_t *to)
 #undef PER_WORD
 #undef DOT
 #undef ADD_PAIRS
+#undef WIDEN
 #undef BYTES
 #undef words
 #undef ints
@@ -453,6 +577,7 @@ static TARGET void NAME(round)(const float *from, int64_t n, uint16_t *to)
 #undef SUMS
 #undef LOAD_WORDS
 #undef STORE_WORDS
+#undef RELU
 #undef INLINE
 #undef UNROLL
 #undef ZIP_LO16

@@ -11,7 +11,7 @@
 #define BF16_TABLE(set, n)                                                                         \
     {                                                                                              \
         .name = #set, .lanes = 2 * (n), .most_lanes = 4 * (n), .panel = 16 * (n),                  \
-        .pack = pack_bf16_##set, .enter = enter_bf16_##set, .outputs = outputs_bf16_##set,         \
+        .height = (n), .tall = tall_bf16_##set, .pack = pack_bf16_##set, .enter = enter_bf16_##set, .outputs = outputs_bf16_##set,         \
         .leave = leave_bf16_##set, .sddmm = sddmm_bf16_##set, .round = round_bf16_##set            \
     }
 
@@ -44,6 +44,7 @@ static const WordKernels bf16_avx2 = BF16_TABLE(avx2, 8);
 #define TARGET __attribute__((target(AVX512)))
 #define LANES 16
 #define PER_WORD 2
+#define WIDEN(p) ((words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))))
 #include "words_cpu.c"
 static const WordKernels bf16_avx512 = BF16_TABLE(avx512, 16);
 
@@ -52,6 +53,7 @@ static const WordKernels bf16_avx512 = BF16_TABLE(avx512, 16);
 #define TARGET __attribute__((target(AVX512 ",avx512bf16")))
 #define LANES 16
 #define PER_WORD 2
+#define WIDEN(p) ((words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))))
 #define DOT(acc, w, x) \
     ((floats)_mm512_dpbf16_ps((__m512)(acc), (__m512bh)(w), (__m512bh)(x)))
 #include "words_cpu.c"
