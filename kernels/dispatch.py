@@ -15,6 +15,7 @@ from . import (
     conv2d_torch,
     instruction_sets,
     linear_bf16,
+    linear_int8,
     linear_native,
     linear_torch,
     sddmm_native,
@@ -102,7 +103,8 @@ def use_backend(name: str, instruction_set: str | None = None) -> Iterator[None]
     """
     if not backends().get(name, "").startswith("available"):
         raise ValueError(f"expected an available backend, got {name!r}: {backends()}")
-    usable = {*linear_native.INSTRUCTION_SETS, *linear_bf16.INSTRUCTION_SETS}
+    types = linear_native, linear_bf16, linear_int8
+    usable = {name for kernels in types for name in kernels.INSTRUCTION_SETS}
     if instruction_set is not None and instruction_set not in usable:
         known = [known for known in instruction_sets.ORDER if known in usable]
         raise ValueError(f"expected instruction_set in {known}, got {instruction_set!r}")

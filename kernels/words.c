@@ -9,12 +9,11 @@ static int64_t row_bytes(const WordKernels *k, int64_t features)
     return 4 * (k->quantize ? features : ceil_div(features, 2));
 }
 
-static int is_better_tall(const WordLayer *l, int64_t batch)
+/* Whether rows of the batch beat lanes of it: for few of them nothing is transposed or packed. Blocks
+   that a word does not fit into waste a part of it there. */
+static int is_better_tall(const WordKernels *k, const WordLayer *l, int64_t batch)
 {
-    static int most = -1;
-    if (most < 0) most = getenv("TALL") ? atoi(getenv("TALL")) : 1 << 30;
-    (void)l;
-    return batch <= most;
+    return batch <= (l->C < l->per_word ? 8 : k->most_lanes);
 }
 
 /* How many of `each` a thread takes at a time, of which there are to be about `about`. */
@@ -45,7 +44,8 @@ static int pack_words(const WordKernels *k, WordLayer *l, const Blocks *blocks, 
 {
     *to = NULL;
     l->values = blocks->values;
-    l->tall = blocks->values && !blocks->slots && l->R % k->height == 0 && is_better_tall(l, batch);
+    l->tall = blocks->values && !blocks->slots && l->R % k->height == 0 &&
+              is_better_tall(k, l, batch);
     if (l->tall)
         return 0;
     const int64_t rows = ceil_div(l->out, l->R), kept = l->crow[rows] * l->C;
@@ -139,6 +139,7 @@ static void word_tile(void *arg, int64_t i, int worker)
             char *numbers = s.y + f->threads * f->y_part;
             s.scaling.scales = (float *)(numbers + f->x_part);
             s.scaling.zeros = (int32_t *)(s.scaling.scales + f->tile);
+            memset(s.scaling.scales, 0, 8 * f->tile);
             k->quantize((const float *)s.rows, s.ldrows / 4, s.count, l->in, (uint8_t *)numbers,
                         words, &s.scaling);
             s.rows = numbers, s.ldrows = 4 * words;

@@ -1,5 +1,7 @@
 /* The entry points on bf16 and int8. Included after those on float32, whose checks they use. */
 
+enum { MOST_INT8_INPUTS = 65536 }; /* 255 * 127 * so many fit 32 bits */
+
 static int check_word_call(const WordSets *sets, const long long *a)
 {
     if (a[0] < 0 || a[0] >= sets->n) {
@@ -101,11 +103,54 @@ static PyObject *py_bf16_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t
     return none_or_no_memory(failed);
 }
 
+/* int8_forward(instruction_set, threads, x, ldx, y, batch, values, scales, totals, bias, crow, col,
+   R, C, in, out, relu)
+   x (batch, in) and y (batch, out), which is written: floats. values (nnz, C, R): int8, of which a 1
+   stands for scales[o] (out,) and totals[o] (out,) is the sum of an output's */
+static PyObject *py_int8_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    enum { SET, THREADS, X, LDX, Y, BATCH, VALUES, SCALES, TOTALS, BIAS, CROW, COL, R, C, IN, OUT,
+           RELU, ARGUMENTS };
+    long long a[ARGUMENTS];
+    (void)self;
+    if (ints(args, nargs, ARGUMENTS, a))
+        return NULL;
+    WordLayer l = {.crow = (int32_t *)a[CROW], .col = (int32_t *)a[COL], .R = a[R], .C = a[C],
+                   .in = a[IN], .out = a[OUT], .per_word = 4, .planes = a[C] % 4 != 0,
+                   .bias = (void *)a[BIAS], .relu = a[RELU] != 0, .scales = (float *)a[SCALES],
+                   .totals = (int32_t *)a[TOTALS]};
+    const Blocks blocks = {.values = (void *)a[VALUES], .output_step = 1, .input_step = a[R]};
+    if (check_word_call(&int8_sets, a) || check_word_layer(&l, blocks.values) ||
+        check_given("scales", l.scales) || check_given("totals", l.totals) ||
+        check_at_least(0, "batch", a[BATCH]) ||
+        check_rows("x", (float *)a[X], a[LDX], a[BATCH]) ||
+        check_rows("y", (float *)a[Y], l.out, a[BATCH]))
+        return NULL;
+    if (l.in > MOST_INT8_INPUTS) {
+        PyErr_Format(PyExc_ValueError, "expected at most %d in_features, so that sums fit 32 bits",
+                     MOST_INT8_INPUTS);
+        return NULL;
+    }
+    int failed;
+    Py_BEGIN_ALLOW_THREADS;
+    failed = word_forward(int8_sets.kernels[a[SET]], &l, &blocks, 1, (void *)a[X], 4 * a[LDX],
+                          (void *)a[Y], a[BATCH], (int)min64(a[THREADS], MAX_THREADS));
+    Py_END_ALLOW_THREADS;
+    return none_or_no_memory(failed);
+}
+
+static int add_names(PyObject *m, const char *name, const WordSets *sets)
+{
+    PyObject *names = PyTuple_New(sets->n);
+    for (int i = 0; names && i < sets->n; i++)
+        PyTuple_SET_ITEM(names, i, PyUnicode_FromString(sets->kernels[i]->name));
+    return names ? PyModule_AddObject(m, name, names) : -1;
+}
+
 /* The names of the instruction sets of each type; 0, or -1 with an exception set. */
 static int add_word_sets(PyObject *m)
 {
-    PyObject *names = PyTuple_New(bf16_sets.n);
-    for (int i = 0; names && i < bf16_sets.n; i++)
-        PyTuple_SET_ITEM(names, i, PyUnicode_FromString(bf16_sets.kernels[i]->name));
-    return names ? PyModule_AddObject(m, "BF16_INSTRUCTION_SETS", names) : -1;
+    return add_names(m, "BF16_INSTRUCTION_SETS", &bf16_sets) ||
+           add_names(m, "INT8_INSTRUCTION_SETS", &int8_sets) ||
+           PyModule_AddIntMacro(m, MOST_INT8_INPUTS);
 }

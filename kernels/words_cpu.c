@@ -458,7 +458,9 @@ static TARGET void NAME(tall)(const WordLayer *l, int64_t begin, int64_t end, co
         for (int64_t r0 = 0; r0 < l->R && i * l->R + r0 < l->out; r0 += LANES)
             for (int64_t g = 0; g < groups; g++) {
                 const int64_t m = rows * g / groups, size = rows * (g + 1) / groups - m;
-                const Scaling from = {.scales = scaling->scales + m, .zeros = scaling->zeros + m};
+                Scaling from = *scaling;
+                if (PER_WORD == 4)
+                    from.scales += m, from.zeros += m;
 #define TILE(n)                                                                                    \
     case n:                                                                                        \
         if (n <= MOST)                                                                             \
@@ -557,6 +559,50 @@ static TARGET void NAME(round)(const float *from, int64_t n, uint16_t *to)
     }
     for (; j < n; j++)
         to[j] = (uint16_t)(NAME(rounded)((floats){0} + from[j])[0] >> 16);
+}
+#endif
+
+#if PER_WORD == 4
+/* Each row of x in 256 steps from its least to its largest number, 0 among them and exact. A row
+   that is not finite is NaN in every output. */
+static TARGET void NAME(quantize)(const float *x, int64_t ldx, int64_t rows, int64_t in,
+                                  uint8_t *to, int64_t packed, Scaling *scaling)
+{
+    for (int64_t m = 0; m < rows; m++, x += ldx, to += 4 * packed) {
+        floats least = {0}, most = {0}, odd = {0}; /* odd: 0, or NaN */
+        int64_t k = 0;
+        for (; k < in; k += LANES) {
+            floats v = {0};
+            if (k + LANES <= in)
+                v = *(const floats *)(x + k);
+            else
+                memcpy(&v, x + k, (in - k) * sizeof(float));
+            const ints below = v < least, above = v > most;
+            least = (floats)(((ints)v & below) | ((ints)least & ~below));
+            most = (floats)(((ints)v & above) | ((ints)most & ~above));
+            odd += v - v;
+        }
+        float low = 0, high = 0, wrong = 0;
+        for (int a = 0; a < LANES; a++) {
+            low = least[a] < low ? least[a] : low;
+            high = most[a] > high ? most[a] : high;
+            wrong += odd[a];
+        }
+        const float step = high / 255 - low / 255 + wrong;
+        const float inverse = step > 0x1p-120f && step < 0x1p120f ? 1 / step : 0;
+        const float zero = (float)(int32_t)(0.5f - low * inverse);
+        scaling->scales[m] = inverse > 0 ? step : wrong; /* of 0 or NaN */
+        scaling->zeros[m] = (int32_t)zero;
+        memset(to + in, 0, 4 * packed - in);
+        if (inverse == 0) {
+            memset(to, 0, in);
+            continue;
+        }
+        for (k = 0; k < in; k++) {
+            const float number = x[k] * inverse + zero + 0.5f; /* at least 0 */
+            to[k] = (uint8_t)(int32_t)(number < 255 ? number : 255);
+        }
+    }
 }
 #endif
 
