@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from . import bsr
 from .base import as_activation
-from .convert import replace
+from .convert import own_hooks
 from .kernels import is_traced, pattern_of
+from .kernels.calls import kept_weights
 from .kernels.linear_int8 import MOST_INPUTS, Int8Weight, linear, quantized, totals_of
 from .kernels.quantized import int8_linear
 from .layers import SparseLinear
@@ -86,6 +87,13 @@ class Int8SparseLinear(nn.Module):
         """(block_rows, block_cols)"""
         return bsr.grid_shape((self.out_features, self.in_features), self.blocksize)
 
+    @property
+    def density(self) -> float:
+        """Stored weights / all weights, the padding of a last block not counted."""
+        shape, block = (self.out_features, self.in_features), self.weight_values.shape[1:]
+        kept = kept_weights(shape, block, self.crow_indices, self.col_indices)
+        return kept / (self.in_features * self.out_features)
+
     def _weight(self) -> Int8Weight:
         return Int8Weight(self.weight_values, self.weight_scales, self.weight_totals)
 
@@ -126,4 +134,15 @@ def quantize_(
     }
     if not made:
         raise ValueError(f"expected a SparseLinear to quantise in {type(model).__name__}, got none")
-    replace(model, made)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = made.get(child, child)
+    for old, new in made.items():
+        vars(new).update({name: vars(old)[name] for name in _CARRIED})
+        own_hooks(new)
+
+
+# Hooks and flags: what any module holds besides its tensors and its parts
+_CARRIED = vars(nn.Module()).keys() - {
+    *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+}

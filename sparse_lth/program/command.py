@@ -11,6 +11,7 @@ import torch
 
 from ..files import FormatError
 from ..kernels import backends
+from ..quantize import quantize_
 from ..saving import save_sparse
 from .config import DATASETS, SCOPES, TRAIN_SPARSE, RunConfig, SettingError
 from .data import SOURCES, DataError, Dataset, load
@@ -95,7 +96,10 @@ def carry_out(config: RunConfig, data: Dataset, folder: Path) -> None:
         if config.device == "cpu" and not backends()["native"].startswith("available"):
             say(f"sparse layers run on torch, more slowly: native kernels {backends()['native']}")
         path = folder / "sparse_model.safetensors"
-        save_sparse(sparse_network(ticket, config.export_blocksize), path, config.model)
+        network = sparse_network(ticket, config.export_blocksize)
+        if config.quantize:
+            quantize_(network, config.quantize)
+        save_sparse(network, path, config.model)
         summary = compare(ticket, path, data.test)
     else:
         summary = summarise(ticket, config.device)
@@ -218,6 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=blocksize,
         metavar="RxC",
     )
+    add("quantize", "with --export-sparse: sparse linear layers in int8", choices=("int8",))
     add("resume", "go on with the run in this folder", type=Path, metavar="RUN_DIR")
     return parser
 

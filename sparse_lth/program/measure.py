@@ -11,6 +11,7 @@ from torch import nn
 
 from ..base import BlockSparse
 from ..kernels import backend
+from ..quantize import Int8SparseLinear
 from ..saving import load_sparse
 from ..ticket import Ticket
 from ..timing import benchmark
@@ -19,6 +20,8 @@ from .data import Split
 from .models import MODELS
 from .tickets import dense_network
 from .training import evaluate
+
+SPARSE = BlockSparse | Int8SparseLinear
 
 
 def summarise(ticket: Ticket, device: str) -> dict:
@@ -94,7 +97,7 @@ def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
     for layer in summary["layers"]:
         module = sparse.get_submodule(layer["layer"])
         layer["stored"] = _stored(module)
-        if not isinstance(module, BlockSparse):
+        if not isinstance(module, SPARSE):
             R, C = ticket.settings["export_blocksize"]
             layer.setdefault("dense", f"it has no empty {R}x{C} block")
     stored = sum(layer["stored"] for layer in summary["layers"])
@@ -109,7 +112,7 @@ def compare(ticket: Ticket, sparse_path: Path, test: Split) -> dict:
 
 def _stored(layer: nn.Module) -> int:
     """Weights in the file, biases and padding not counted."""
-    if isinstance(layer, BlockSparse):
+    if isinstance(layer, SPARSE):
         return round(layer.density * layer.in_features * layer.out_features)
     return layer.weight.numel()
 
