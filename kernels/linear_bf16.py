@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .instruction_sets import index_of
-from .linear_native import _native, held
+from .linear_native import _native, held, in_words
 from .pattern import Pattern
 
 INSTRUCTION_SETS = _native.BF16_INSTRUCTION_SETS if _native else ()  # the best first
@@ -57,18 +57,7 @@ def _forward(
             *(compressed.data_ptr(), plain.data_ptr(), *block, inputs, outputs, relu),
             0 if slots is None else slots.data_ptr(),
         )
-    return y[:, :outputs].contiguous()
-
-
-def in_words(x: Tensor) -> Tensor:
-    """x: (batch, features), itself if each row is whole words of two numbers, else a copy with a
-    zero behind each row"""
-    aligned = x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
-    if x.shape[1] % 2 == 0 and x.stride(1) == 1 and aligned:
-        return x
-    padded = x.new_zeros(len(x), x.shape[1] + x.shape[1] % 2)
-    padded[:, : x.shape[1]] = x
-    return padded
+    return y[:, :outputs].contiguous() if outputs % 2 else y
 
 
 def sddmm(grad: Tensor, x: Tensor, pattern: Pattern, block: tuple[int, int]) -> Tensor:

@@ -34,7 +34,7 @@ class RunConfig:
 
     prune_pc is the fraction of weights pruned in total when all rounds are done; blocksize (R, C)
     is outputs x inputs, (1, 1) being single weights; export_blocksize, when not None, asks for
-    the block-sparse model in blocks of that size, whose sparse linear layers `quantize` has in int8.
+    the block-sparse model in blocks of that size; quantize, "int8" or None, is for its layers.
 
     A round lasts `iterations` steps, or `epochs` where that is None, and is evaluated after every
     `every` steps, or every epoch. rewind_step, as in 500it or 1ep, is the k of the θ_k that round 0
