@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_lth import SparseLinear, SparseSequential, kernels
+from sparse_lth import SparseLinear, SparseSequential, kernels, quantize_
 from sparse_lth.kernels import linear_native
 from sparse_lth.timing import in_turn
 
@@ -86,6 +86,32 @@ def test_lenet(benchmark, tabulate, ticket, batch):
     tabulate(LENET_TABLE, ticket, speedup, batch=batch)
 
 
+@needs_native
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("ticket", TICKETS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_lenet_in_fewer_bits(benchmark, tabulate, dtype, ticket, batch):
+    density, blocksize = TICKETS[ticket]
+    network, x = SparseSequential(*ticket_layers(density, blocksize)), torch.rand(batch, 784)
+    dense, inputs = dense_lenet(), x.clone()
+    if dtype == "int8":
+        quantize_(network)
+    else:
+        network, x = network.bfloat16(), x.bfloat16()
+    with torch.inference_mode():
+        speedup = compare(
+            benchmark,
+            lambda: network(x),
+            lambda: dense(inputs),
+            backend="native",
+            shape=[batch, *LENET],
+            dtype=dtype,
+            density=density,
+            blocksize=blocksize,
+        )
+    tabulate(LENET_TABLE, f"{ticket}, {dtype}", speedup, batch=batch)
+
+
 def onnx_lenet(path):
     onnx = pytest.importorskip("onnx")
     helper, names, nodes, weights = onnx.helper, "x", [], []
@@ -117,6 +143,38 @@ def onnxruntime_lenet(batch, tmp_path):
     session = ort.InferenceSession(tmp_path / "lenet.onnx", options)
     x = torch.rand(batch, 784).numpy()
     return lambda: session.run(None, {"x": x})
+
+
+def onnxruntime_int8_lenet(batch, tmp_path):
+    """Its own dynamic quantisation."""
+    ort = pytest.importorskip("onnxruntime")
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    onnx_lenet(tmp_path / "lenet.onnx")
+    quantization.quantize_dynamic(tmp_path / "lenet.onnx", tmp_path / "int8.onnx", per_channel=True)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = ort.InferenceSession(tmp_path / "int8.onnx", options)
+    x = torch.rand(batch, 784).numpy()
+    return lambda: session.run(None, {"x": x})
+
+
+def openvino_int8_lenet(batch, tmp_path):
+    """Weights and activations, by NNCF on random inputs: the time does not depend on them."""
+    ov, nncf = pytest.importorskip("openvino"), pytest.importorskip("nncf")
+    onnx_lenet(tmp_path / "lenet.onnx")
+    samples = nncf.Dataset([torch.rand(1, 784).numpy() for _ in range(32)])
+    model = nncf.quantize(ov.Core().read_model(str(tmp_path / "lenet.onnx")), samples)
+    compiled = ov.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    request, x = compiled.create_infer_request(), torch.rand(batch, 784).numpy()
+    return lambda: request.infer({0: x}, share_inputs=True, share_outputs=True)
+
+
+def torchao_int8_lenet(batch, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    dense, x = dense_lenet(), torch.rand(batch, 784)
+    quantization.quantize_(dense, quantization.Int8DynamicActivationInt8WeightConfig())
+    compiled = torch.compile(dense)
+    return lambda: compiled(x)
 
 
 def openvino_lenet(batch, tmp_path, precision):
@@ -170,6 +228,9 @@ PEERS = {  # run, dtype, density
     "torch csr": (csr_lenet, "float32", 0.1),
     "scipy csr": (scipy_lenet, "float32", 0.1),
     "onnxruntime": (onnxruntime_lenet, "float32", 1.0),
+    "onnxruntime int8": (onnxruntime_int8_lenet, "int8", 1.0),
+    "openvino int8": (openvino_int8_lenet, "int8", 1.0),
+    "torchao int8 compiled": (torchao_int8_lenet, "int8", 1.0),
     "openvino f32": (lambda *a: openvino_lenet(*a, "f32"), "float32", 1.0),
     "openvino bf16": (lambda *a: openvino_lenet(*a, "bf16"), "bfloat16", 1.0),
 }

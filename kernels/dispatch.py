@@ -13,6 +13,9 @@ from torch import Tensor
 from . import (
     conv2d_native,
     conv2d_torch,
+    instruction_sets,
+    linear_bf16,
+    linear_int8,
     linear_native,
     linear_torch,
     sddmm_native,
@@ -58,6 +61,16 @@ NATIVE = Backend(
     chains=True,
     pools=True,
 )
+NATIVE_BF16 = TORCH._replace(
+    name="native",
+    linear=linear_bf16.linear,
+    linear_grad_input=linear_bf16.linear_grad_input,
+    sddmm=linear_bf16.sddmm,
+    # by the times at 10 % of 1024x1024 layers at batch 128
+    crossover=lambda R: 0.2 if R % 16 == 0 else 0.1,
+    chains=True,
+)
+NATIVE_BY_DTYPE = {torch.float32: NATIVE, torch.bfloat16: NATIVE_BF16}
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _only: ContextVar[str | None] = ContextVar("only_backend", default=None)
@@ -66,8 +79,8 @@ _only: ContextVar[str | None] = ContextVar("only_backend", default=None)
 def backend(x: Tensor) -> Backend:
     """The fastest backend for tensors of the device and dtype of x."""
     only = _only.get()
-    if x.is_cpu and x.dtype == torch.float32 and linear_native.WHY_NOT is None:
-        return NATIVE if only in (None, "native") else TORCH
+    if x.is_cpu and x.dtype in NATIVE_BY_DTYPE and linear_native.WHY_NOT is None:
+        return NATIVE_BY_DTYPE[x.dtype] if only in (None, "native") else TORCH
     if x.is_cuda and x.dtype in TRITON_DTYPES and triton_why_not(x.device) is None:
         return _triton() if only in (None, "triton") else TORCH
     return TORCH
@@ -87,21 +100,29 @@ def backends() -> dict[str, str]:
 def use_backend(name: str, instruction_set: str | None = None) -> Iterator[None]:
     """Leaves only this backend, and torch for what it cannot do, in this thread and context.
 
-    instruction_set: of the native kernels, one of `linear_native.INSTRUCTION_SETS`.
+    instruction_set: of the native kernels, one that this machine has of
+        `instruction_sets.ORDER`; a type without kernels for it takes the next.
     Raises ValueError for a backend or an instruction set that is not there.
     """
     if not backends().get(name, "").startswith("available"):
         raise ValueError(f"expected an available backend, got {name!r}: {backends()}")
-    known = linear_native.INSTRUCTION_SETS
-    if instruction_set is not None and instruction_set not in known:
-        raise ValueError(f"expected instruction_set in {list(known)}, got {instruction_set!r}")
-    chosen = known.index(instruction_set) if instruction_set else 0
-    before = _only.set(name), linear_native.instruction_set.set(chosen)
+    types = linear_native, linear_bf16, linear_int8
+    usable = {name for kernels in types for name in kernels.INSTRUCTION_SETS}
+    if instruction_set is not None and instruction_set not in usable:
+        known = [known for known in instruction_sets.ORDER if known in usable]
+        raise ValueError(f"expected instruction_set in {known}, got {instruction_set!r}")
+    chosen = instruction_sets.index_of(linear_native.INSTRUCTION_SETS, instruction_set)
+    variables = {
+        _only: name,
+        linear_native.instruction_set: chosen,
+        instruction_sets.chosen: instruction_set,
+    }
+    before = {variable: variable.set(value) for variable, value in variables.items()}
     try:
         yield
     finally:
-        _only.reset(before[0])
-        linear_native.instruction_set.reset(before[1])
+        for variable, token in before.items():
+            variable.reset(token)
 
 
 @functools.cache

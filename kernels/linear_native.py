@@ -1,4 +1,5 @@
-"""The block-sparse linear layer on native CPU kernels, for float32, where they were built."""
+"""The block-sparse linear layer on native CPU kernels, for float32, where they were built, and
+chains of layers in one type."""
 
 from contextvars import ContextVar
 from importlib import import_module
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .instruction_sets import index_of
 from .pattern import Pattern, check_sizes
 
 try:
@@ -69,6 +71,17 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def in_words(x: Tensor) -> Tensor:
+    """x: (batch, features) of bf16, itself if each row is whole words of two numbers, else a copy
+    with a zero behind each row"""
+    aligned = x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
+    if x.shape[1] % 2 == 0 and x.stride(1) == 1 and aligned:
+        return x
+    padded = x.new_zeros(len(x), x.shape[1] + x.shape[1] % 2)
+    padded[:, : x.shape[1]] = x
+    return padded
+
+
 def held(t: Tensor) -> Tensor:
     """t, contiguous, in a tensor of our own: another thread that gives t other data, as `.data = `
     does, neither frees what a kernel reads nor changes its size."""
@@ -93,12 +106,12 @@ class ChainLayer(NamedTuple):
 class Chain:
     """Linear layers in one call: each chunk of the batch passes all of them while it is in cache.
 
-    chain(x): x (..., in_features) -> (..., out_features), float32 on a CPU, with no gradient.
+    chain(x): x (..., in_features) -> (..., out_features), on a CPU, with no gradient.
 
-    Its parameters are float32, contiguous and on the CPU, else ValueError. It reads their memory as
-    it was when the chain was made, and keeps that alive: values may be trained in place, but a
-    parameter that was given other memory or another size needs a new chain. Nothing in a chain
-    ever changes, so threads may share it.
+    Its parameters are all float32 or all bfloat16, contiguous and on the CPU, else ValueError. It
+    reads their memory as it was when the chain was made, and keeps that alive: values may be
+    trained in place, but a parameter that was given other memory or another size needs a new chain.
+    Nothing in a chain ever changes, so threads may share it.
     """
 
     MAX_LAYERS = _native.MAX_LAYERS if _native else 0
@@ -113,7 +126,9 @@ class Chain:
                 raise ValueError(
                     f"expected in_features {before.out_features}, got {after.in_features}"
                 )
-        self.layers = tuple(layers)
+        self.layers, self.dtype = tuple(layers), layers[0].values.dtype
+        if dtypes := {layer.values.dtype for layer in layers} - {self.dtype}:
+            raise ValueError(f"expected layers in {self.dtype}, got also {dtypes}")
         self.in_features, self.out_features = layers[0].in_features, layers[-1].out_features
         prepared = [_prepare(layer) for layer in layers]
         self._tensors = [tensors for tensors, _ in prepared]  # alive while C may read them
@@ -130,7 +145,8 @@ class Chain:
         return (
             _native is not None
             and layer.activation in ("none", "relu")
-            and all(_is_plain_float32(t) for t in tensors)
+            and all(_is_plain(t) for t in tensors)
+            and tensors[0].dtype == tensors[-1].dtype
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -139,9 +155,9 @@ class Chain:
         shape = x.shape
         if not shape or shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(shape)}")
-        if x.dtype != torch.float32 or not x.is_cpu:
+        if x.dtype != self.dtype or not x.is_cpu:
             raise ValueError(
-                f"expected x in torch.float32 on cpu, as the weight is, got {x.dtype} on {x.device}"
+                f"expected x in {self.dtype} on cpu, as the weight is, got {x.dtype} on {x.device}"
             )
         if len(shape) != 2:
             return self(x.reshape(-1, self.in_features)).view(*shape[:-1], self.out_features)
@@ -152,6 +168,8 @@ class Chain:
         if not address and x._is_zerotensor():  # which has no memory
             x = rows(x.clone())
             address = x.data_ptr()
+        if self.dtype == torch.bfloat16:
+            return self._in_bf16(x)
         y = x.new_empty(shape[0], self.out_features)
         if shape[0]:
             _native.forward(
@@ -161,12 +179,23 @@ class Chain:
             )
         return y
 
+    def _in_bf16(self, x: Tensor) -> Tensor:
+        x, out_features = in_words(x), self.out_features
+        y = x.new_empty(len(x), out_features + out_features % 2)
+        if len(x):
+            _native.bf16_forward(
+                *(index_of(_native.BF16_INSTRUCTION_SETS), torch.get_num_threads()),
+                *(x.data_ptr(), x.stride(0), y.data_ptr(), len(x)),
+                *self._arguments,
+            )
+        return y[:, :out_features].contiguous() if out_features % 2 else y
 
-def _is_plain_float32(t: Tensor) -> bool:
+
+def _is_plain(t: Tensor) -> bool:
     """Whether its memory is its numbers, in order: it is no subclass, negation or lazy zeros."""
     return (
         type(t) in (Tensor, nn.Parameter)
-        and t.dtype == torch.float32
+        and t.dtype in (torch.float32, torch.bfloat16)
         and t.is_cpu
         and t.is_contiguous()
         and not (t.is_neg() or t._is_zerotensor())
@@ -174,15 +203,15 @@ def _is_plain_float32(t: Tensor) -> bool:
 
 
 def _prepare(layer: ChainLayer) -> tuple[tuple, tuple]:
-    """(values, bias, crow, col), (R, C, in_features, out_features, relu): what the kernels take"""
+    """(values, bias, crow, col), (R, C, in_features, out_features, relu, ...), as kernels want"""
     values, pattern, bias, in_features, out_features, activation = layer
     if activation not in ("none", "relu"):
         raise ValueError(f"expected activation 'none' or 'relu', got {activation!r}")
     values, bias = (None if t is None else t.detach() for t in (values, bias))
     for t in (values,) if bias is None else (values, bias):
-        if not _is_plain_float32(t):
+        if not _is_plain(t):
             raise ValueError(
-                f"expected contiguous float32 tensors on the CPU, "
+                f"expected contiguous float32 or bfloat16 tensors on the CPU, "
                 f"got {t.dtype} of strides {t.stride()} on {t.device}"
             )
     if pattern is None:
@@ -190,8 +219,10 @@ def _prepare(layer: ChainLayer) -> tuple[tuple, tuple]:
         pattern = _one_block_each(out_features)
     check_sizes(values, pattern, bias, in_features, out_features)
     _, C, R = values.shape
-    sizes = R, C, in_features, out_features
-    return (values, bias, *pattern[:2]), (*sizes, activation == "relu")
+    numbers = R, C, in_features, out_features, activation == "relu"
+    if values.dtype == torch.bfloat16:
+        numbers = *numbers, 0  # no slots: the weight is not a transposed one
+    return (values, bias, *pattern[:2]), numbers
 
 
 def _one_block_each(out_features: int) -> Pattern:

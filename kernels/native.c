@@ -72,8 +72,12 @@ static void find_usable(void)
     usable[n_usable++] = &kernels_baseline;
 }
 
+enum { MAX_LAYERS = 64 }; /* of a call */
+
 #include "batch.c"
 #include "conv.c"
+#include "words_sets.c"
+#include "words.c"
 
 /* Reads exactly n ints; 0, or -1 with an exception set. */
 static int ints(PyObject *const *args, Py_ssize_t nargs, Py_ssize_t n, long long *to)
@@ -147,8 +151,6 @@ static PyObject *none_or_no_memory(int failed)
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
-
-enum { MAX_LAYERS = 64 };
 
 /* forward(instruction_set, threads, x, ldx, y, batch, *layers)
    a layer: values, bias, crow, col, R, C, in, out, relu; y (batch, out of the last) is written */
@@ -253,6 +255,7 @@ static PyObject *py_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t narg
 }
 
 #include "conv_calls.c"
+#include "words_calls.c"
 
 static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))py_forward, METH_FASTCALL, NULL},
@@ -261,6 +264,9 @@ static PyMethodDef methods[] = {
     {"conv_forward", (PyCFunction)(void (*)(void))py_conv_forward, METH_FASTCALL, NULL},
     {"conv_grad_input", (PyCFunction)(void (*)(void))py_conv_grad_input, METH_FASTCALL, NULL},
     {"conv_grad_weight", (PyCFunction)(void (*)(void))py_conv_grad_weight, METH_FASTCALL, NULL},
+    {"bf16_forward", (PyCFunction)(void (*)(void))py_bf16_forward, METH_FASTCALL, NULL},
+    {"int8_forward", (PyCFunction)(void (*)(void))py_int8_forward, METH_FASTCALL, NULL},
+    {"bf16_sddmm", (PyCFunction)(void (*)(void))py_bf16_sddmm, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -270,6 +276,7 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__native(void)
 {
     find_usable();
+    find_usable_words();
     openmp = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
     pthread_atfork(NULL, NULL, after_fork);
     PyObject *m = PyModule_Create(&module), *names = PyTuple_New(n_usable);
@@ -279,5 +286,5 @@ PyMODINIT_FUNC PyInit__native(void)
         PyTuple_SET_ITEM(names, i, PyUnicode_FromString(usable[i]->name));
     PyModule_AddIntMacro(m, MAX_LAYERS);
     PyModule_AddObject(m, "INSTRUCTION_SETS", names);
-    return m;
+    return add_word_sets(m) ? NULL : m;
 }

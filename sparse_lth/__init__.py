@@ -18,6 +18,7 @@ from .kernels import backends
 from .layers import SparseLinear
 from .masks import block_l1_unstructured
 from .program import models as _models  # noqa: F401, whose networks load_sparse can name
+from .quantize import Int8SparseLinear, quantize_
 from .saving import load_sparse, save_sparse
 from .search import Search, find_ticket
 from .sequential import SparseSequential
@@ -26,6 +27,7 @@ from .timing import benchmark
 
 __all__ = [
     "Conversion",
+    "Int8SparseLinear",
     "Search",
     "SparseConv2d",
     "SparseLinear",
@@ -38,6 +40,7 @@ __all__ = [
     "conversion",
     "find_ticket",
     "load_sparse",
+    "quantize_",
     "save_sparse",
     "sparsify_",
 ]

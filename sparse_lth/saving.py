@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from .bsr import blocksize_of
 from .convert import empty, is_weighted, own_hooks, replace
 from .files import FormatError, TicketError, load_tensors, save_tensors
 from .huggingface import refuse_from_pretrained
+from .kernels.pattern import row_indices
+from .quantize import Int8SparseLinear
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {}  # of networks that a file can name
 
@@ -32,7 +35,10 @@ def save_sparse(model: nn.Module, path: str | Path, name: str | None = None) -> 
                 "sparsify_, or torch.nn.utils.prune.remove"
             )
     tensors, aliases, first = {}, {}, {}
+    compact = _compact(model)
     for key, tensor in _tensors(model):
+        if key in compact:
+            continue
         if tensor.is_meta:
             raise ValueError(f"expected numbers to save, got {key} on the meta device")
         if id(tensor) in first:
@@ -40,13 +46,19 @@ def save_sparse(model: nn.Module, path: str | Path, name: str | None = None) -> 
         else:
             first[id(tensor)] = key
             tensors[key] = tensor.detach().clone()
-    if other := sorted(model.state_dict().keys() - tensors.keys() - aliases.keys()):
+    tensors |= {key: tensor for key, tensor in compact.items() if tensor is not None}
+    if other := sorted(
+        model.state_dict().keys() - tensors.keys() - aliases.keys() - compact.keys()
+    ):
         raise ValueError(f"expected a state_dict of parameters and buffers, got also {other}")
     layers = {
         owner: {"activation": module.activation}
         for owner, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, BlockSparse)
     }
+    for owner, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Int8SparseLinear):
+            layers[owner] = {"activation": module.activation, "int8_grid": [*module.grid]}
     about = {"model": name, "layers": layers, "aliases": aliases}
     save_tensors(path, "model", tensors, about)
 
@@ -98,6 +110,34 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     return model.eval() if alone else model
 
 
+def _compact(model: nn.Module) -> dict[str, Tensor | None]:
+    """What a file has of the indices of int8 layers: `block_bits`, uint8, a bit for each block of
+    the grid, row by row; and by None what it has not."""
+    found = {}
+    for owner, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Int8SparseLinear):
+            rows, cols = module.grid
+            kept = np.zeros((rows, cols), bool)
+            at = row_indices(module.crow_indices.cpu(), len(module.col_indices))
+            kept[at.numpy(), module.col_indices.cpu().numpy()] = True
+            found |= {_join(owner, n): None for n in ("crow_indices", "col_indices")}
+            found[_join(owner, "weight_totals")] = None
+            found[_join(owner, "block_bits")] = torch.from_numpy(np.packbits(kept))
+    return found
+
+
+def _indices(bits: Tensor, grid: list[int], blocks: int) -> tuple[Tensor, Tensor]:
+    """crow_indices and col_indices of `block_bits`; ValueError unless of so many blocks."""
+    rows, cols = grid if len(grid) == 2 else (0, 0)
+    if bits.dtype != torch.uint8 or bits.dim() != 1 or len(bits) != -(-rows * cols // 8):
+        raise ValueError(f"expected block_bits of a grid of {grid}, got {tuple(bits.shape)}")
+    kept = np.unpackbits(bits.numpy(), count=rows * cols).reshape(rows, cols)
+    if kept.sum() != blocks:
+        raise ValueError(f"expected block_bits of {blocks} blocks, got {kept.sum()}")
+    crow = np.concatenate([[0], kept.sum(1, dtype=np.int64).cumsum()])
+    return tuple(torch.from_numpy(t.astype(np.int32)) for t in (crow, kept.nonzero()[1]))
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer under each of its names, also buffers that are not saved."""
     yield from model.named_parameters(remove_duplicate=False)
@@ -125,6 +165,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise TicketError(f"{path}: expected layers and aliases of its tensors, got {about}")
     tensors = {_renamed(name, tensors): tensor for name, tensor in tensors.items()}
     tensors |= {name: tensors[first] for name, first in aliases.items()}
+    for owner, kept in layers.items():
+        if "int8_grid" in kept:
+            try:
+                bits, values = (tensors[_join(owner, n)] for n in ("block_bits", "weight_values"))
+                crow, col = _indices(bits, kept["int8_grid"], len(values))
+            except (KeyError, TypeError, ValueError) as error:
+                raise TicketError(f"{path}: expected an int8 layer {owner}: {error!r}") from error
+            del tensors[_join(owner, "block_bits")]
+            tensors |= {_join(owner, "crow_indices"): crow, _join(owner, "col_indices"): col}
     return tensors, {**about, "layers": layers}
 
 
@@ -176,6 +225,9 @@ def _sparse_layers(
                 raise ValueError("expected weight_values and col_indices with crow_indices")
             if (bias is None) != (given["bias"] is None):
                 raise ValueError(f"expected {'a' if given['bias'] is None else 'no'} bias")
+            if "int8_grid" in layers.get(owner, {}):
+                made[layer] = _int8_layer(layer, given, tensors, owner, layers[owner])
+                continue
             sparse = empty(layer, blocksize_of(given["weight_values"]))._hold(**given)
             sparse.activation = as_activation(layers.get(owner, {}).get("activation", "none"))
         except (AttributeError, ValueError) as error:
@@ -187,6 +239,26 @@ def _sparse_layers(
             sparse.bias.requires_grad_(bias.requires_grad)
         made[layer] = sparse
     return made
+
+
+def _int8_layer(layer: nn.Module, given: dict, tensors: dict, owner: str, about: dict) -> nn.Module:
+    scales = tensors.get(_join(owner, "weight_scales"))
+    if scales is None or not isinstance(layer, nn.Linear):
+        raise ValueError(f"expected weight_scales and a Linear, got {type(layer).__name__}")
+    moved = [
+        t if t is None or layer.weight.is_meta else t.to(layer.weight.device)
+        for t in (
+            given["weight_values"],
+            scales,
+            given["crow_indices"],
+            given["col_indices"],
+            given["bias"],
+        )
+    ]
+    values, scales, crow, col, bias = moved
+    features = layer.in_features, layer.out_features
+    activation = about.get("activation", "none")
+    return Int8SparseLinear(values, scales, (crow, col), bias, features, activation)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

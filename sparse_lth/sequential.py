@@ -117,7 +117,8 @@ def _prepare(modules: list[nn.Module]) -> Prepared:
             layers[-1] = layers[-1]._replace(activation="relu")
         else:
             watched += [(vars(module), "start_dim", 1), (vars(module), "end_dim", -1)]
-    chain = Chain(layers) if 1 <= len(layers) <= Chain.MAX_LAYERS else None
+    one_type = len({layer.values.dtype for layer in layers}) == 1
+    chain = Chain(layers) if one_type and len(layers) <= Chain.MAX_LAYERS else None
     plain = [_ways(module) for module in modules[start:]]
     return Prepared(modules, start, chain, plain, watched, sparse, dense)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..files import FormatError
 from ..kernels import backends
+from ..quantize import quantize_
 from ..saving import save_sparse
 from .config import RunConfig, SettingError
 from .data import DataError, Dataset, load
@@ -98,7 +99,10 @@ def carry_out(config: RunConfig, data: Dataset, folder: Path) -> None:
         if config.device == "cpu" and not backends()["native"].startswith("available"):
             say(f"sparse layers run on torch, more slowly: native kernels {backends()['native']}")
         path = folder / "sparse_model.safetensors"
-        save_sparse(sparse_network(ticket, config.export_blocksize), path, config.model)
+        network = sparse_network(ticket, config.export_blocksize)
+        if config.quantize:
+            quantize_(network, config.quantize)
+        save_sparse(network, path, config.model)
         say("measuring, which takes up to a minute")
         summary = compare(tickets, path, data.test)
     else:

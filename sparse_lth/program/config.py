@@ -34,7 +34,7 @@ class RunConfig:
 
     prune_pc is the fraction of weights pruned in total when all rounds are done; blocksize (R, C)
     is outputs x inputs, (1, 1) being single weights; export_blocksize, when not None, asks for
-    the block-sparse model in blocks of that size.
+    the block-sparse model in blocks of that size; quantize, "int8" or None, is for its layers.
 
     A round lasts `iterations` steps, or `epochs` where that is None, and is evaluated after every
     `every` steps, or every epoch. rewind_step, as in 500it or 1ep, is the k of the θ_k that round 0
@@ -61,6 +61,7 @@ class RunConfig:
     one_shot: bool = False
     train_sparse: str = "auto"
     export_blocksize: tuple[int, int] | None = None
+    quantize: str | None = None
     seed: int = 0
     device: str = "cpu"
 
@@ -95,6 +96,9 @@ class RunConfig:
         for name in ("blocksize", "export_blocksize"):
             if (blocksize := getattr(self, name)) is not None:
                 self._expect(name, "two sizes of at least 1", min(blocksize) >= 1)
+        self._expect("quantize", "int8", self.quantize in (None, "int8"))
+        beside = self.quantize is None or self.export_blocksize is not None
+        self._expect("quantize", "--export-sparse beside it", beside)
         self._check_blocks()
 
     def _check_blocks(self) -> None:

@@ -145,6 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=blocksize,
         metavar="RxC",
     )
+    add("quantize", "with --export-sparse: sparse linear layers in int8", choices=("int8",))
     add("resume", "go on with the run in this folder", type=Path, metavar="RUN_DIR")
     return parser
 

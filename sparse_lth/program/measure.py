@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..base import BlockSparse
 from ..kernels import backend
+from ..quantize import Int8SparseLinear
 from ..saving import load_sparse
 from ..ticket import Ticket
 from ..timing import Benchmark, benchmark
@@ -26,6 +27,7 @@ from .training import confusion, evaluate
 
 TURNS = 101
 SLACK = 0.5  # of a core that other programs may use: a desktop and the rounding of the load
+SPARSE = BlockSparse | Int8SparseLinear
 
 
 def summarise(tickets: Sequence[Ticket], test: Split) -> dict:
@@ -98,7 +100,7 @@ def compare(tickets: Sequence[Ticket], sparse_path: Path, test: Split) -> dict:
     for layer in summary["layers"]:
         module = sparse.get_submodule(layer["layer"])
         layer["stored"] = _stored(module)
-        if not isinstance(module, BlockSparse):
+        if not isinstance(module, SPARSE):
             layer.setdefault("dense", f"it has no empty {R}x{C} block")
     stored = sum(layer["stored"] for layer in summary["layers"])
     return {
@@ -174,7 +176,7 @@ def load_of_others() -> list[float] | None:
 
 def _stored(layer: nn.Module) -> int:
     """Weights in the file, biases and padding not counted."""
-    if isinstance(layer, BlockSparse):
+    if isinstance(layer, SPARSE):
         return round(layer.density * layer.in_features * layer.out_features)
     return layer.weight.numel()
 

@@ -102,12 +102,41 @@ def gradients(native, memory, call, batch, padding, w):
     native.sddmm(*call, grad, x, dvalues, w.crow, w.col, *sizes)
 
 
+def on_words(native, memory, chosen, threads, batch, padding, w):
+    """bf16 and both of its gradients, then int8; the batch in whole words of two numbers"""
+    one, nnz = 0x3F80, w.nnz * w.R * w.C
+    even_in, even_out = w.inputs + w.inputs % 2, w.out + w.out % 2
+    ldx, ldg = even_in + 2 * padding, even_out + 2 * padding
+    x = memory.put("H", [one] * ((batch - 1) * ldx + even_in if batch else 0))
+    grad = memory.put("H", [one] * ((batch - 1) * ldg + even_out if batch else 0))
+    values, bias = memory.put("H", [one] * nnz), memory.put("H", [one] * w.out)
+    y, dx = (memory.put("H", [0] * (batch * n)) for n in (even_out, even_in))
+    dvalues = memory.put("H", [0] * nnz)
+    call = min(chosen, len(native.BF16_INSTRUCTION_SETS) - 1), threads
+    sizes = w.R, w.C, w.inputs, w.out
+    native.bf16_forward(*call, x, ldx, y, batch, values, bias, w.crow, w.col, *sizes, True, 0)
+    back = w.C, w.R, w.out, w.inputs
+    native.bf16_forward(
+        *(*call, grad, ldg, dx, batch, values, 0, w.ccol, w.rows, *back, False, w.slots)
+    )
+    native.bf16_sddmm(*call, grad, x, dvalues, w.crow, w.col, ldg, ldx, batch, *sizes)
+    call = min(chosen, len(native.INT8_INSTRUCTION_SETS) - 1), threads
+    x, y = memory.rows(batch, w.inputs, w.inputs + padding), memory.unwritten(batch * w.out)
+    values, scales = memory.put("b", [1] * nnz), memory.ones(w.out)
+    totals = memory.put("i", [1] * w.out)
+    tensors = values, scales, totals, w.bias, w.crow, w.col
+    native.int8_forward(*call, x, w.inputs + padding, y, batch, *tensors, *sizes, True)
+    check_written(y, batch * w.out)
+
+
 def one_layer(native, call, shape, blocksize, density, batches):
     for batch, padding in product(batches, (0, 3)):
         with Memory() as memory:
             weight = Weight(native, memory, shape, blocksize, density)
-            forward(native, memory, call, batch, padding, [weight.as_layer(relu=True)])
-            gradients(native, memory, call, batch, padding, weight)
+            if call[0] < len(native.INSTRUCTION_SETS):
+                forward(native, memory, call, batch, padding, [weight.as_layer(relu=True)])
+                gradients(native, memory, call, batch, padding, weight)
+            on_words(native, memory, *call, batch, padding, weight)
 
 
 def chain(native, call, batch):
@@ -168,7 +197,8 @@ def main(path):
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
     random.seed(0)
-    for chosen, blocksize in product(range(len(native.INSTRUCTION_SETS)), BLOCKSIZES):
+    types = native.INSTRUCTION_SETS, native.BF16_INSTRUCTION_SETS, native.INT8_INSTRUCTION_SETS
+    for chosen, blocksize in product(range(max(map(len, types))), BLOCKSIZES):
         for shape, density in product(SHAPES, (0, 0.4, 1)):
             one_layer(native, (chosen, 1), shape, blocksize, density, BATCHES)
         one_layer(native, (chosen, 3), (300, 290), blocksize, 0.5, (33, 200))  # several threads
