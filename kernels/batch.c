@@ -7,22 +7,27 @@ static float *allocate(int64_t floats)
     return aligned_alloc(64, (floats / 16 + 1) * 64);
 }
 
-static int64_t lanes_for(const Kernels *k, int64_t rows)
-{
-    const int64_t L = k->lanes;
-    return rows <= L ? L : rows <= 2 * L ? 2 * L : 4 * L;
-}
-
 /* A thread is worth starting for this many multiply-adds, 5 to 10 us. */
 enum { WORTH_A_THREAD = 1 << 18 };
 
-/* Batch rows that pass through tall layers together: four register tiles of the largest. */
-enum { TALL_TILE = 56 };
+/* Rows of a tile, which passes through the layers together. */
+enum {
+    TALL_TILE = 56,        /* of tall layers: four register tiles of the largest */
+    WIDE_PANELS = 4,       /* in panels: those that share a load of a weight */
+    CODE_PANELS = 16,      /* that share a piece of code in the first cache */
+    LONG_CODE_PANELS = 32, /* where layers are long, and pieces take fewer inputs */
+};
+
+/* Bytes of code that share the second cache with the batch. Threads that run more than these share
+   a tile, each with outputs of its own. */
+enum { MUCH_CODE = 1 << 19 };
+enum {LEAST_INVERSE = 33};
 
 typedef struct {
     const Kernels *kernels;
     const Layer *layers;
-    int n, threads; /* layers; threads for one layer of one tile */
+    const Code **codes; /* of each layer, or NULL */
+    int n, threads;     /* layers; threads for one layer of one tile */
     const float *x;
     float *y;
     int64_t ldx, batch, tile, part; /* rows of a tile; floats of one scratch buffer */
@@ -31,29 +36,77 @@ typedef struct {
 
 static int is_tall(const Layer *l) { return l->R % 8 == 0; }
 
-/* One layer on one tile, cut into ranges of outputs. */
+/* Panels that rows of the batch take: some number of times those of one load, or 1 or 2. */
+static int64_t panels_of(const Kernels *k, int64_t rows)
+{
+    const int64_t panels = ceil_div(rows, k->lanes);
+    return panels <= 2 ? panels : ceil_div(panels, WIDE_PANELS) * WIDE_PANELS;
+}
+
+/* Floats from panel to panel; those of a power of two would meet in few places of the caches. */
+static int64_t panel_stride(const Kernels *k, int64_t features)
+{
+    return (features + (features % 64 == 0 ? 5 : 0)) * k->lanes;
+}
+
+/* One layer on one tile, cut into ranges of outputs: x and y are rows, or panels. */
 typedef struct {
     const Kernels *kernels;
     const Layer *layer;
+    const Code *code;
     const float *x;
     float *y;
-    int64_t ldx, ldy, rows, lanes, range;
+    int64_t ldx, ldy, rows, panels; /* panels: 0 for rows */
+    int64_t outputs, range;         /* outputs, block rows or groups of the code */
 } Step;
 
 static void step_range(void *arg, int64_t i, int worker)
 {
     const Step *s = arg;
     const Layer *l = s->layer;
-    const int64_t all = is_tall(l) ? block_rows(l) : l->out;
-    const int64_t begin = i * s->range, end = min64(all, begin + s->range);
+    const Kernels *k = s->kernels;
+    const int64_t begin = i * s->range, end = min64(s->outputs, begin + s->range);
     (void)worker;
     if (is_tall(l))
-        (l->R % 16 ? s->kernels->tall8 : s->kernels->tall16)(l, begin, end, s->x, s->ldx, s->y,
-                                                             s->ldy, s->rows);
-    else if (s->rows == 1)
-        s->kernels->single(l, begin, end, s->x, s->y);
+        for (int64_t m = 0; m < s->rows; m += TALL_TILE)
+            (l->R % 16 ? k->tall8 : k->tall16)(l, begin, end, s->x + m * s->ldx, s->ldx,
+                                               s->y + m * s->ldy, s->ldy,
+                                               min64(TALL_TILE, s->rows - m));
+    else if (s->code)
+        k->run_code(s->code, l, begin, end, s->x, s->ldx, s->y, s->ldy, s->panels);
+    else if (s->panels == 0)
+        k->single(l, begin, end, s->x, s->y);
     else
-        s->kernels->wide(l, begin, end, s->x, s->y, s->lanes);
+        for (int64_t p = 0; p < s->panels; p += WIDE_PANELS)
+            k->wide(l, begin, end, s->x + p * s->ldx, s->ldx, s->y + p * s->ldy, s->ldy,
+                    min64(WIDE_PANELS, s->panels - p));
+}
+
+/* Rows of the batch into panels or back, cut into ranges of features. */
+typedef struct {
+    const Kernels *kernels;
+    const float *from;
+    float *to;
+    int64_t ldrows, ldpanels, rows, panels, features, range;
+    int into;
+} Turn;
+
+static void turn_range(void *arg, int64_t i, int worker)
+{
+    const Turn *t = arg;
+    const int64_t lanes = t->kernels->lanes, begin = i * t->range;
+    const int64_t features = min64(t->features - begin, t->range);
+    (void)worker;
+    for (int64_t p = 0; p < t->panels; p++) {
+        const int64_t row = p * lanes * t->ldrows + begin, panel = p * t->ldpanels + begin * lanes;
+        const int64_t rows = max64(0, min64(lanes, t->rows - p * lanes));
+        if (t->into)
+            t->kernels->transpose(t->from + row, t->ldrows, rows, features, t->to + panel, lanes,
+                                  lanes);
+        else if (rows)
+            t->kernels->transpose(t->from + panel, lanes, features, rows, t->to + row, t->ldrows,
+                                  features);
+    }
 }
 
 /* Brings x (rows, in) into cache. Tall blocks read it in no order, in which memory is slow; a load
@@ -66,62 +119,91 @@ static void touch(const float *x, int64_t ldx, int64_t rows, int64_t in)
 }
 
 /* Rows i * tile .. of the batch through all layers. Activations stay in the two scratch buffers, as
-   rows or transposed as the next layer wants them. */
+   rows or as panels, as the next layer wants them. */
 static void forward_tile(void *arg, int64_t i, int worker)
 {
     const Forward *f = arg;
     const Kernels *k = f->kernels;
     const int64_t begin = i * f->tile, rows = min64(f->tile, f->batch - begin);
-    const int64_t lanes = lanes_for(k, rows);
+    const int64_t panels = panels_of(k, rows), parts = f->threads > 1 ? 4 * f->threads : 1;
     float *buffer = f->scratch + 2 * f->part * worker, *other = buffer + f->part;
     float *y = f->y + begin * f->layers[f->n - 1].out;
     const float *x = f->x + begin * f->ldx;
     int64_t ldx = f->ldx;
-    int transposed = 0;
-    for (int j = 0; j < f->n; j++) {
-        const Layer *l = &f->layers[j];
-        const int wide = !is_tall(l) && rows > 1, last = j == f->n - 1;
-        if (wide != transposed) {
-            if (wide)
-                k->transpose(x, ldx, rows, l->in, buffer, lanes, lanes);
-            else
-                k->transpose(x, lanes, l->in, rows, buffer, l->in, l->in);
-            x = buffer, ldx = l->in, buffer = other, other = (float *)x;
-            transposed = wide;
+    int in_panels = 0;
+    for (int j = 0; j <= f->n; j++) {
+        const int last = j == f->n; /* which turns what is left into rows of y */
+        const Layer *l = &f->layers[last ? j - 1 : j];
+        const int wide = !last && !is_tall(l) && f->batch > 1;
+        const int64_t features = last ? l->out : l->in;
+        if (wide != in_panels) {
+            const int64_t ldpanels = panel_stride(k, features);
+            Turn turn = {.kernels = k, .from = x, .to = last ? y : buffer, .rows = rows,
+                         .ldrows = wide ? ldx : features, .ldpanels = ldpanels, .panels = panels,
+                         .features = features, .into = wide,
+                         .range = ceil_div(ceil_div(features, parts), 64) * 64};
+            parallel_for(f->threads, ceil_div(features, turn.range), turn_range, &turn);
+            x = turn.to, ldx = wide ? ldpanels : features, buffer = other, other = turn.to;
+            in_panels = wide;
         }
-        const int64_t all = is_tall(l) ? block_rows(l) : l->out;
-        Step step = {.kernels = k, .layer = l, .x = x, .ldx = ldx, .ldy = l->out, .rows = rows,
-                     .lanes = lanes, .range = ceil_div(all, f->threads > 1 ? 4 * f->threads : 1)};
-        step.y = last && !wide ? y : buffer;
+        if (last)
+            break;
+        Step step = {.kernels = k, .layer = l, .code = f->codes[j], .x = x,
+                     .ldx = ldx, .ldy = wide ? panel_stride(k, l->out) : l->out, .rows = rows,
+                     .panels = wide ? panels : 0};
+        step.outputs = step.code ? step.code->groups : is_tall(l) ? block_rows(l) : l->out;
+        step.range = ceil_div(step.outputs, parts);
+        step.y = j == f->n - 1 && !wide ? y : buffer;
         if (j == 0 && is_tall(l))
             touch(x, ldx, rows, l->in);
-        parallel_for(f->threads, ceil_div(all, step.range), step_range, &step);
-        x = step.y, ldx = l->out, buffer = other, other = (float *)x;
+        parallel_for(f->threads, ceil_div(step.outputs, step.range), step_range, &step);
+        x = step.y, ldx = step.ldy, buffer = other, other = (float *)x;
     }
-    if (transposed)
-        k->transpose(x, lanes, ldx, rows, y, ldx, ldx);
+}
+
+/* The code of a layer, or NULL where there is none or where it does not pay. */
+static const Code *find_code(const Kernels *k, const Layer *l, int64_t batch)
+{
+    const int64_t kept = kept_weights(l);
+    const int pays = !is_tall(l) && kept * LEAST_INVERSE >= l->in * l->out && batch >= (kept > 1 << 15 ? 64 : 16);
+    return k->code_of && l->program && pays ? k->code_of(l->program) : NULL;
 }
 
 /* 0, or -1 if there is no memory for the scratch. */
 static int forward(const Kernels *k, const Layer *layers, int n, const float *x, int64_t ldx,
                    float *y, int64_t batch, int threads)
 {
-    int64_t work = 0, widest = layers[0].in;
-    int any_wide = 0;
+    const Code *codes[MAX_LAYERS] = {NULL};
+    int64_t work = 0, widest = layers[0].in, longest = 0, code = 0;
+    int any_wide = 0, all_code = 1;
     if (batch == 0)
         return 0;
     for (int j = 0; j < n; j++) {
-        work += batch * kept_weights(&layers[j]);
-        widest = max64(widest, layers[j].out);
-        any_wide |= !is_tall(&layers[j]);
+        const Layer *l = &layers[j];
+        work += batch * kept_weights(l);
+        widest = max64(widest, l->out);
+        any_wide |= !is_tall(l);
+        codes[j] = find_code(k, l, batch);
+        all_code &= codes[j] != NULL;
+        if (codes[j]) {
+            code += codes[j]->used;
+            longest = max64(longest, l->in);
+        }
     }
-    const int64_t tile = any_wide ? lanes_for(k, batch) : min64(TALL_TILE, batch);
-    const int64_t tiles = ceil_div(batch, tile);
     threads = (int)max64(1, min64(threads, work / WORTH_A_THREAD));
-    const int across = tiles >= threads ? threads : 1; /* threads over tiles, or over outputs */
-    Forward f = {.kernels = k, .layers = layers, .n = n, .threads = threads / across, .x = x,
-                 .y = y, .ldx = ldx, .batch = batch, .tile = tile,
-                 .part = ceil_div(widest * tile, 16) * 16};
+    const int64_t L = k->lanes;
+    int64_t tile = any_wide ? WIDE_PANELS * L : TALL_TILE;
+    if (code > MUCH_CODE)
+        tile = L * (longest > LONG ? LONG_CODE_PANELS : CODE_PANELS);
+    else if (all_code)
+        tile = L * min64(CODE_PANELS, ceil_div(ceil_div(batch, L), threads));
+    tile = min64(tile, batch);
+    const int64_t tiles = ceil_div(batch, tile);
+    const int across = tiles >= threads && code <= MUCH_CODE ? threads : 1;
+    const int64_t rows = any_wide ? panels_of(k, tile) * L : tile;
+    Forward f = {.kernels = k, .layers = layers, .codes = codes, .n = n, .threads = threads / across,
+                 .x = x, .y = y, .ldx = ldx, .batch = batch, .tile = tile,
+                 .part = panel_stride(k, ceil_div(widest, 64) * 64) * ceil_div(rows, L)};
     f.scratch = allocate(across * 2 * f.part);
     if (!f.scratch)
         return -1;
@@ -158,6 +240,9 @@ static int grad_input(const Kernels *k, const Layer *transposed, const int32_t *
                       const float *grad, int64_t ldg, float *dx, int64_t batch, int threads)
 {
     Layer l = *transposed;
+    if (find_code(k, &l, batch))
+        return forward(k, &l, 1, grad, ldg, dx, batch, threads); /* which reads values by slots */
+    l.program = NULL;
     const int64_t nnz = l.crow[block_rows(&l)], size = l.R * l.C;
     float *packed = allocate(nnz * size);
     if (!packed)

@@ -113,12 +113,12 @@ static TARGET void NAME(tall8)(const Layer *l, int64_t begin, int64_t end, const
 }
 #endif
 
-/* Outputs begin .. end for nv vectors of the batch: x (in, nv * LANES) -> y (out, nv * LANES). The
-   sum of an output is taken in several chains, to hide the latency of an addition. */
+/* Outputs begin .. end for nv panels: x (in, LANES) and y (out, LANES), ldx and ldy floats from panel
+   to panel. The sum of an output is taken in several chains, to hide the latency of an addition. */
 INLINE void NAME(wide_rows)(const int nv, const Layer *l, int64_t begin, int64_t end,
-                            const float *x, float *y)
+                            const float *x, int64_t ldx, float *y, int64_t ldy)
 {
-    const int chains = 8 / nv, lanes = nv * LANES;
+    const int chains = 8 / nv;
     const int64_t R = l->R, C = l->C;
     for (int64_t o = begin; o < end; o++) {
         const int64_t i = o / R, r = o % R, last = l->crow[i + 1];
@@ -127,7 +127,7 @@ INLINE void NAME(wide_rows)(const int nv, const Layer *l, int64_t begin, int64_t
         int64_t n = l->crow[i];
 #define ADD(j, weight, input)                                                                      \
     UNROLL for (int v = 0; v < nv; v++)                                                            \
-        acc[(j) * nv + v] += (weight) * LOAD(x + (input) * lanes + v * LANES);
+        acc[(j) * nv + v] += (weight) * LOAD(x + (input) * LANES + v * ldx);
         if (C == 1) {
             for (; n + chains <= last; n += chains)
                 UNROLL for (int j = 0; j < chains; j++)
@@ -151,20 +151,19 @@ INLINE void NAME(wide_rows)(const int nv, const Layer *l, int64_t begin, int64_t
             UNROLL for (int j = 1; j < chains; j++) sum += acc[j * nv + v];
             if (l->bias)
                 sum += l->bias[o];
-            STORE(y + o * lanes + v * LANES, l->relu ? RELU(sum) : sum);
+            STORE(y + o * LANES + v * ldy, l->relu ? RELU(sum) : sum);
         }
     }
 }
 
-static TARGET void NAME(wide)(const Layer *l, int64_t begin, int64_t end, const float *x, float *y,
-                              int64_t lanes)
+static TARGET void NAME(wide)(const Layer *l, int64_t begin, int64_t end, const float *x,
+                              int64_t ldx, float *y, int64_t ldy, int64_t panels)
 {
-    if (lanes == LANES)
-        NAME(wide_rows)(1, l, begin, end, x, y);
-    else if (lanes == 2 * LANES)
-        NAME(wide_rows)(2, l, begin, end, x, y);
-    else
-        NAME(wide_rows)(4, l, begin, end, x, y);
+    switch (panels) {
+    case 1: NAME(wide_rows)(1, l, begin, end, x, ldx, y, ldy); break;
+    case 2: NAME(wide_rows)(2, l, begin, end, x, ldx, y, ldy); break;
+    default: NAME(wide_rows)(4, l, begin, end, x, ldx, y, ldy);
+    }
 }
 
 /* The sum of v[n] * x[k[n]]. Gathering inputs into quads costs a shuffle each, but the weights are

@@ -3,12 +3,17 @@
 #ifndef NATIVE_H
 #define NATIVE_H
 
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* Machine code for the pattern of a layer; see jit.c. */
+typedef struct Program Program;
+typedef struct Code Code;
 
 /* A block-sparse (out, in) weight; a dense row-major weight is one with R = 1 and C = in. */
 typedef struct {
@@ -17,6 +22,7 @@ typedef struct {
     const int32_t *crow, *col; /* (block_rows + 1,), (nnz,) */
     int64_t R, C, in, out;
     int relu;
+    Program *program; /* of its pattern, or NULL */
 } Layer;
 
 /* The gradient of `values`; what is padding there must be 0 before. */
@@ -33,22 +39,29 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t block_rows(const Layer *l) { return ceil_div(l->out, l->R); }
 static inline int64_t kept_weights(const Layer *l) { return l->crow[block_rows(l)] * l->C * l->R; }
 
-/* The kernels of one instruction set. A tile is (features, lanes): the batch transposed. */
+/* The kernels of one instruction set. A panel is `lanes` rows of the batch transposed: (features,
+   lanes). */
 typedef struct {
     const char *name;
-    int lanes; /* floats in a vector register; a tile has 1, 2 or 4 times as many lanes */
+    int lanes; /* floats in a vector register */
     /* block rows begin .. end: x (rows, in) -> y (rows, out); R a multiple of 16, of 8 */
     void (*tall16)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
                    int64_t ldy, int64_t rows);
     void (*tall8)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
                   int64_t ldy, int64_t rows);
-    /* outputs begin .. end, any blocksize: x (in, lanes) -> y (out, lanes), or x (in) -> y (out) */
-    void (*wide)(const Layer *, int64_t begin, int64_t end, const float *x, float *y,
-                 int64_t lanes);
+    /* outputs begin .. end, any blocksize: 1, 2 or 4 panels of x, ldx floats from one to the next ->
+       panels of y; or one row, x (in,) -> y (out,) */
+    void (*wide)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
+                 int64_t ldy, int64_t panels);
     void (*single)(const Layer *, int64_t begin, int64_t end, const float *x, float *y);
     /* (m, n) -> (n, m), with zeros from m to padded */
     void (*transpose)(const float *from, int64_t ldfrom, int64_t m, int64_t n, float *to,
                       int64_t ldto, int64_t padded);
+    /* the code of a program, or NULL; groups begin .. end of such a layer, for any panels. Both are
+       NULL in all instruction sets but one */
+    const Code *(*code_of)(Program *);
+    void (*run_code)(const Code *, const Layer *, int64_t begin, int64_t end, const float *x,
+                     int64_t ldx, float *y, int64_t ldy, int64_t panels);
     /* block rows begin .. end of the weight gradient; R a multiple of 16, of 8 */
     void (*sddmm_tall16)(const Gradient *, int64_t begin, int64_t end);
     void (*sddmm_tall8)(const Gradient *, int64_t begin, int64_t end);
@@ -72,7 +85,7 @@ typedef struct {
 typedef void (*Task)(void *arg, int64_t i, int worker);
 typedef void (*Parallel)(void (*fn)(void *), void *data, unsigned threads, unsigned flags);
 
-enum { MAX_THREADS = 256 };
+enum { MAX_THREADS = 256, MAX_LAYERS = 64 };
 
 typedef struct {
     Task task;
