@@ -11,6 +11,9 @@
 
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 
+/* Floats of x that stay in the second cache while all outputs read them. */
+enum { CACHED = 1 << 17 };
+
 /* Machine code for the pattern of a layer; see jit.c. */
 typedef struct Program Program;
 typedef struct Code Code;
@@ -37,6 +40,21 @@ static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t block_rows(const Layer *l) { return ceil_div(l->out, l->R); }
+
+/* The first block of block row i with a column from `column` on. */
+static inline int32_t first_from(const Layer *l, int64_t i, int64_t column)
+{
+    int32_t low = l->crow[i], high = l->crow[i + 1];
+    while (low < high) {
+        const int32_t middle = low + (high - low) / 2;
+        if (l->col[middle] < column)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 static inline int64_t kept_weights(const Layer *l) { return l->crow[block_rows(l)] * l->C * l->R; }
 
 /* The kernels of one instruction set. A panel is `lanes` rows of the batch transposed: (features,
