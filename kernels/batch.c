@@ -240,7 +240,7 @@ static int plan_forward(Forward *f, int threads)
         longest = max64(longest, f->codes[j] ? l->in : 0);
     }
     const int64_t L = f->kernels->lanes;
-    threads = (int)max64(1, min64(threads, work / WORTH_A_THREAD));
+    threads = threads_now((int)max64(1, min64(threads, work / WORTH_A_THREAD)));
     f->pad = !all_code;
     f->tile = any_wide ? WIDE_PANELS * L : TILE;
     if (code > MUCH_CODE)
@@ -311,7 +311,7 @@ static int grad_input(const Kernels *k, const Layer *transposed, const int32_t *
         return -1;
     Pack pack = {.kernels = k, .values = l.values, .slots = slots, .packed = packed, .R = l.C,
                  .C = l.R, .nnz = nnz, .range = ceil_div(1 << 14, size)};
-    parallel_for(nnz * size < WORTH_A_THREAD ? 1 : threads, ceil_div(nnz, pack.range), pack_range,
+    parallel_for(nnz * size < WORTH_A_THREAD ? 1 : threads_now(threads), ceil_div(nnz, pack.range), pack_range,
                  &pack);
     l.values = packed;
     const int failed = forward(k, &l, 1, grad, ldg, dx, batch, threads);
@@ -364,7 +364,7 @@ static int sddmm(const Kernels *k, const Gradient *g, int threads)
     if (g->batch == 0)
         for (int64_t n = 0; n < weights; n++)
             g->values[n] = 0;
-    threads = (int)max64(1, min64(threads, weights * g->batch / WORTH_A_THREAD));
+    threads = threads_now((int)max64(1, min64(threads, weights * g->batch / WORTH_A_THREAD)));
     if (g->R % 8 == 0) {
         s.range = 1;
         parallel_for(threads, rows, sddmm_range, &s);

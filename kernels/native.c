@@ -5,7 +5,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
-#include <stdlib.h>
+#include <fcntl.h>
 
 #include "native.h"
 
@@ -332,6 +332,8 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__native(void)
 {
     find_usable();
+    load_file = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
+    processors = sysconf(_SC_NPROCESSORS_ONLN);
     openmp = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
     pthread_atfork(NULL, NULL, after_fork);
     PyObject *m = PyModule_Create(&module), *names = PyTuple_New(n_usable);
