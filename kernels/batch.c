@@ -7,53 +7,123 @@ static float *allocate(int64_t floats)
     return aligned_alloc(64, (floats / 16 + 1) * 64);
 }
 
-static int64_t lanes_for(const Kernels *k, int64_t rows)
-{
-    const int64_t L = k->lanes;
-    return rows <= L ? L : rows <= 2 * L ? 2 * L : 4 * L;
-}
-
 /* A thread is worth starting for this many multiply-adds, 5 to 10 us. */
 enum { WORTH_A_THREAD = 1 << 18 };
 
-/* Batch rows that pass through tall layers together: four register tiles of the largest. */
-enum { TALL_TILE = 56 };
+/* How the batch is cut into tiles, which pass through the layers one after the other. */
+enum {
+    TILE = 64,             /* rows, where not all of it is machine code */
+    WIDE_PANELS = 4,       /* panels that share a load of a weight */
+    CODE_PANELS = 16,      /* panels that share a piece of code in the first cache */
+    LONG_CODE_PANELS = 32, /* the same for layers so long that a piece takes fewer inputs */
+    MUCH_CODE = 1 << 19,   /* bytes that crowd the second cache: threads then share a tile, each with
+                              outputs of its own */
+    PAGE = 4096 / sizeof(float),
+};
 
 typedef struct {
     const Kernels *kernels;
     const Layer *layers;
-    int n, threads; /* layers; threads for one layer of one tile */
+    const Code **codes; /* of each layer, or NULL */
+    int n, threads;     /* layers; threads for one layer of one tile */
     const float *x;
     float *y;
-    int64_t ldx, batch, tile, part; /* rows of a tile; floats of one scratch buffer */
-    float *scratch;                 /* (workers, 2, part) */
+    int64_t ldx, batch, tile; /* tile: rows */
+    int pad;                  /* whether panels come by 1, 2 or fours, as `wide` wants them */
+    int64_t part;             /* floats of one scratch buffer */
+    float *scratch;           /* (workers, 2, part) */
 } Forward;
 
 static int is_tall(const Layer *l) { return l->R % 8 == 0; }
+
+static int64_t panels_of(const Kernels *k, int64_t rows, int pad)
+{
+    const int64_t panels = ceil_div(rows, k->lanes);
+    return pad && panels > 2 ? ceil_div(panels, WIDE_PANELS) * WIDE_PANELS : panels;
+}
+
+/* Floats from panel to panel, and from row to row of scratch. At a multiple of a page they would
+   meet in few places of the caches. */
+static int64_t panel_stride(const Kernels *k, int64_t features)
+{
+    return (features + (features % 64 == 0 ? 5 : 0)) * k->lanes;
+}
+
+static int64_t row_stride(int64_t features)
+{
+    return features + (features % PAGE == 0 ? 16 : 0);
+}
 
 /* One layer on one tile, cut into ranges of outputs. */
 typedef struct {
     const Kernels *kernels;
     const Layer *layer;
+    const Code *code;
     const float *x;
     float *y;
-    int64_t ldx, ldy, rows, lanes, range;
+    int64_t ldx, ldy, rows, panels; /* panels: 0 where x and y are rows */
+    int64_t parts, range;           /* outputs, block rows or groups; how many in a range */
 } Step;
 
 static void step_range(void *arg, int64_t i, int worker)
 {
     const Step *s = arg;
     const Layer *l = s->layer;
-    const int64_t all = is_tall(l) ? block_rows(l) : l->out;
-    const int64_t begin = i * s->range, end = min64(all, begin + s->range);
+    const Kernels *k = s->kernels;
+    const int64_t begin = i * s->range, end = min64(s->parts, begin + s->range);
     (void)worker;
-    if (is_tall(l))
-        (l->R % 16 ? s->kernels->tall8 : s->kernels->tall16)(l, begin, end, s->x, s->ldx, s->y,
-                                                             s->ldy, s->rows);
-    else if (s->rows == 1)
-        s->kernels->single(l, begin, end, s->x, s->y);
+    if (s->code)
+        k->run_code(s->code, l, begin, end, s->x, s->ldx, s->y, s->ldy, s->panels);
+    else if (is_tall(l))
+        for (int64_t m = 0; m < s->rows; m += TILE)
+            (l->R % 16 ? k->tall8 : k->tall16)(l, begin, end, s->x + m * s->ldx, s->ldx,
+                                               s->y + m * s->ldy, s->ldy, min64(TILE, s->rows - m));
+    else if (s->panels == 0)
+        k->single(l, begin, end, s->x, s->y);
     else
-        s->kernels->wide(l, begin, end, s->x, s->y, s->lanes);
+        for (int64_t p = 0; p < s->panels; p += WIDE_PANELS)
+            k->wide(l, begin, end, s->x + p * s->ldx, s->ldx, s->y + p * s->ldy, s->ldy,
+                    min64(WIDE_PANELS, s->panels - p));
+}
+
+/* Rows of the batch into panels or back, cut into ranges of features. */
+typedef struct {
+    const Kernels *kernels;
+    const float *from;
+    float *to;
+    int64_t ldrows, ldpanels, rows, panels, features, range;
+    int into_panels;
+} Turn;
+
+static void turn_range(void *arg, int64_t i, int worker)
+{
+    const Turn *t = arg;
+    const Kernels *k = t->kernels;
+    const int64_t L = k->lanes, begin = i * t->range, n = min64(t->features - begin, t->range);
+    (void)worker;
+    for (int64_t p = 0; p < t->panels; p++) {
+        const int64_t row = p * L * t->ldrows + begin, panel = p * t->ldpanels + begin * L;
+        const int64_t rows = max64(0, min64(L, t->rows - p * L));
+        if (t->into_panels)
+            k->transpose(t->from + row, t->ldrows, rows, n, t->to + panel, L, L);
+        else if (rows)
+            k->transpose(t->from + panel, L, n, rows, t->to + row, t->ldrows, n);
+    }
+}
+
+/* Rows into rows further apart, cut into ranges of rows. */
+typedef struct {
+    const float *from;
+    float *to;
+    int64_t ldfrom, ldto, rows, features, range;
+} Copy;
+
+static void copy_range(void *arg, int64_t i, int worker)
+{
+    const Copy *c = arg;
+    (void)worker;
+    for (int64_t m = i * c->range; m < min64(c->rows, (i + 1) * c->range); m++)
+        memcpy(c->to + m * c->ldto, c->from + m * c->ldfrom, c->features * sizeof(float));
 }
 
 /* Brings x (rows, in) into cache. Tall blocks read it in no order, in which memory is slow; a load
@@ -65,67 +135,141 @@ static void touch(const float *x, int64_t ldx, int64_t rows, int64_t in)
             (void)*(const volatile float *)(x + m * ldx + k);
 }
 
-/* Rows i * tile .. of the batch through all layers. Activations stay in the two scratch buffers, as
-   rows or transposed as the next layer wants them. */
+/* The activations of a tile: rows or panels of x, a layer's input or already its output. They lie in
+   one of two scratch buffers, `other`, and the next ones go into `spare`. */
+typedef struct {
+    const float *x;
+    int64_t ldx, rows, panels;
+    int in_panels;
+    float *spare, *other;
+} Activations;
+
+/* How many of `all` parts a task takes, `least` or a multiple of it: all of them on one thread. */
+static int64_t range_of(const Forward *f, int64_t all, int64_t least)
+{
+    const int64_t tasks = f->threads > 1 ? 4 * f->threads : 1;
+    return ceil_div(ceil_div(all, tasks), least) * least;
+}
+
+/* x is now what was written to `to`, the spare buffer or the result. */
+static void move_on(Activations *a, float *to, int64_t ldx)
+{
+    a->x = to, a->ldx = ldx, a->spare = a->other, a->other = to;
+}
+
+/* Puts the activations, of so many features, into panels, or into rows; in a buffer, or in y. */
+static void turn(const Forward *f, Activations *a, int64_t features, float *y)
+{
+    const int into_panels = !a->in_panels;
+    const int64_t ldpanels = into_panels ? panel_stride(f->kernels, features) : a->ldx;
+    const int64_t ldrows = into_panels ? a->ldx : y ? features : row_stride(features);
+    Turn t = {.kernels = f->kernels, .from = a->x, .to = y ? y : a->spare, .ldrows = ldrows,
+              .ldpanels = ldpanels, .rows = a->rows, .panels = a->panels, .features = features,
+              .range = range_of(f, features, 64), .into_panels = into_panels};
+    parallel_for(f->threads, ceil_div(features, t.range), turn_range, &t);
+    move_on(a, t.to, into_panels ? ldpanels : ldrows);
+    a->in_panels = into_panels;
+}
+
+/* Brings the batch into cache as tall blocks want it: in rows that do not meet in it. */
+static void bring_rows(const Forward *f, Activations *a, int64_t in)
+{
+    if (a->rows == 1 || a->ldx % PAGE) {
+        touch(a->x, a->ldx, a->rows, in);
+        return;
+    }
+    Copy c = {.from = a->x, .to = a->spare, .ldfrom = a->ldx, .ldto = row_stride(in),
+              .rows = a->rows, .features = in, .range = range_of(f, a->rows, 1)};
+    parallel_for(f->threads, ceil_div(a->rows, c.range), copy_range, &c);
+    move_on(a, c.to, c.ldto);
+}
+
+/* Rows i * tile .. of the batch through all layers. */
 static void forward_tile(void *arg, int64_t i, int worker)
 {
     const Forward *f = arg;
-    const Kernels *k = f->kernels;
     const int64_t begin = i * f->tile, rows = min64(f->tile, f->batch - begin);
-    const int64_t lanes = lanes_for(k, rows);
-    float *buffer = f->scratch + 2 * f->part * worker, *other = buffer + f->part;
+    float *scratch = f->scratch + 2 * f->part * worker;
     float *y = f->y + begin * f->layers[f->n - 1].out;
-    const float *x = f->x + begin * f->ldx;
-    int64_t ldx = f->ldx;
-    int transposed = 0;
+    Activations a = {.x = f->x + begin * f->ldx, .ldx = f->ldx, .rows = rows,
+                     .panels = panels_of(f->kernels, rows, f->pad), .spare = scratch,
+                     .other = scratch + f->part};
     for (int j = 0; j < f->n; j++) {
         const Layer *l = &f->layers[j];
-        const int wide = !is_tall(l) && rows > 1, last = j == f->n - 1;
-        if (wide != transposed) {
-            if (wide)
-                k->transpose(x, ldx, rows, l->in, buffer, lanes, lanes);
-            else
-                k->transpose(x, lanes, l->in, rows, buffer, l->in, l->in);
-            x = buffer, ldx = l->in, buffer = other, other = (float *)x;
-            transposed = wide;
-        }
-        const int64_t all = is_tall(l) ? block_rows(l) : l->out;
-        Step step = {.kernels = k, .layer = l, .x = x, .ldx = ldx, .ldy = l->out, .rows = rows,
-                     .lanes = lanes, .range = ceil_div(all, f->threads > 1 ? 4 * f->threads : 1)};
-        step.y = last && !wide ? y : buffer;
-        if (j == 0 && is_tall(l))
-            touch(x, ldx, rows, l->in);
-        parallel_for(f->threads, ceil_div(all, step.range), step_range, &step);
-        x = step.y, ldx = l->out, buffer = other, other = (float *)x;
+        const int wide = !is_tall(l) && f->batch > 1, last = j == f->n - 1;
+        if (wide != a.in_panels)
+            turn(f, &a, l->in, NULL);
+        else if (j == 0 && is_tall(l))
+            bring_rows(f, &a, l->in);
+        Step s = {.kernels = f->kernels, .layer = l, .code = f->codes[j], .x = a.x, .ldx = a.ldx,
+                  .y = last && !wide ? y : a.spare, .rows = rows, .panels = wide ? a.panels : 0};
+        s.ldy = wide ? panel_stride(f->kernels, l->out) : last ? l->out : row_stride(l->out);
+        s.parts = s.code ? s.code->groups : is_tall(l) ? block_rows(l) : l->out;
+        s.range = range_of(f, s.parts, 1);
+        parallel_for(f->threads, ceil_div(s.parts, s.range), step_range, &s);
+        move_on(&a, s.y, s.ldy);
     }
-    if (transposed)
-        k->transpose(x, lanes, ldx, rows, y, ldx, ldx);
+    if (a.in_panels)
+        turn(f, &a, f->layers[f->n - 1].out, y);
+}
+
+/* The code of a layer, or NULL where there is none or it does not pay: a load of x is shared by too
+   few weights, or code for many weights is read for a small batch. */
+static const Code *find_code(const Kernels *k, const Layer *l, int64_t batch)
+{
+    const int64_t kept = kept_weights(l), least_batch = kept < 1 << 15 ? 16 : 64;
+    const int pays = !is_tall(l) && 33 * kept >= l->in * l->out && batch >= least_batch;
+    return k->code_of && l->program && pays ? k->code_of(l->program) : NULL;
+}
+
+/* Cuts the batch into tiles, of which `threads` run at a time, or one on all threads. What is no
+   code adds up in an order that depends on the rows of a tile: these then depend on the batch only,
+   not on the number of threads. */
+static int plan_forward(Forward *f, int threads)
+{
+    int64_t work = 0, widest = f->layers[0].in, longest = 0, code = 0;
+    int any_wide = 0, all_code = 1;
+    for (int j = 0; j < f->n; j++) {
+        const Layer *l = &f->layers[j];
+        f->codes[j] = find_code(f->kernels, l, f->batch);
+        work += f->batch * kept_weights(l);
+        widest = max64(widest, l->out);
+        any_wide |= !is_tall(l);
+        all_code &= f->codes[j] != NULL;
+        code += f->codes[j] ? (int64_t)f->codes[j]->used : 0;
+        longest = max64(longest, f->codes[j] ? l->in : 0);
+    }
+    const int64_t L = f->kernels->lanes;
+    threads = threads_now((int)max64(1, min64(threads, work / WORTH_A_THREAD)));
+    f->pad = !all_code;
+    f->tile = any_wide ? WIDE_PANELS * L : TILE;
+    if (code > MUCH_CODE)
+        f->tile = L * (longest > LONG ? LONG_CODE_PANELS : CODE_PANELS);
+    else if (all_code)
+        f->tile = L * min64(CODE_PANELS, ceil_div(ceil_div(f->batch, L), threads));
+    f->tile = min64(f->tile, f->batch);
+    const int across = code > MUCH_CODE || ceil_div(f->batch, f->tile) < threads ? 1 : threads;
+    f->threads = threads / across;
+    f->part = max64(panels_of(f->kernels, f->tile, f->pad) * (widest + 5) * L,
+                    f->tile * (widest + 16));
+    f->part = ceil_div(f->part, 16) * 16;
+    return across;
 }
 
 /* 0, or -1 if there is no memory for the scratch. */
 static int forward(const Kernels *k, const Layer *layers, int n, const float *x, int64_t ldx,
                    float *y, int64_t batch, int threads)
 {
-    int64_t work = 0, widest = layers[0].in;
-    int any_wide = 0;
+    const Code *codes[MAX_LAYERS];
+    Forward f = {.kernels = k, .layers = layers, .codes = codes, .n = n, .x = x, .y = y,
+                 .ldx = ldx, .batch = batch};
     if (batch == 0)
         return 0;
-    for (int j = 0; j < n; j++) {
-        work += batch * kept_weights(&layers[j]);
-        widest = max64(widest, layers[j].out);
-        any_wide |= !is_tall(&layers[j]);
-    }
-    const int64_t tile = any_wide ? lanes_for(k, batch) : min64(TALL_TILE, batch);
-    const int64_t tiles = ceil_div(batch, tile);
-    threads = (int)max64(1, min64(threads, work / WORTH_A_THREAD));
-    const int across = tiles >= threads ? threads : 1; /* threads over tiles, or over outputs */
-    Forward f = {.kernels = k, .layers = layers, .n = n, .threads = threads / across, .x = x,
-                 .y = y, .ldx = ldx, .batch = batch, .tile = tile,
-                 .part = ceil_div(widest * tile, 16) * 16};
+    const int across = plan_forward(&f, threads);
     f.scratch = allocate(across * 2 * f.part);
     if (!f.scratch)
         return -1;
-    parallel_for(across, tiles, forward_tile, &f);
+    parallel_for(across, ceil_div(batch, f.tile), forward_tile, &f);
     free(f.scratch);
     return 0;
 }
@@ -158,13 +302,16 @@ static int grad_input(const Kernels *k, const Layer *transposed, const int32_t *
                       const float *grad, int64_t ldg, float *dx, int64_t batch, int threads)
 {
     Layer l = *transposed;
+    if (find_code(k, &l, batch))
+        return forward(k, &l, 1, grad, ldg, dx, batch, threads); /* which reads values by slots */
+    l.program = NULL;
     const int64_t nnz = l.crow[block_rows(&l)], size = l.R * l.C;
     float *packed = allocate(nnz * size);
     if (!packed)
         return -1;
     Pack pack = {.kernels = k, .values = l.values, .slots = slots, .packed = packed, .R = l.C,
                  .C = l.R, .nnz = nnz, .range = ceil_div(1 << 14, size)};
-    parallel_for(nnz * size < WORTH_A_THREAD ? 1 : threads, ceil_div(nnz, pack.range), pack_range,
+    parallel_for(nnz * size < WORTH_A_THREAD ? 1 : threads_now(threads), ceil_div(nnz, pack.range), pack_range,
                  &pack);
     l.values = packed;
     const int failed = forward(k, &l, 1, grad, ldg, dx, batch, threads);
@@ -217,7 +364,7 @@ static int sddmm(const Kernels *k, const Gradient *g, int threads)
     if (g->batch == 0)
         for (int64_t n = 0; n < weights; n++)
             g->values[n] = 0;
-    threads = (int)max64(1, min64(threads, weights * g->batch / WORTH_A_THREAD));
+    threads = threads_now((int)max64(1, min64(threads, weights * g->batch / WORTH_A_THREAD)));
     if (g->R % 8 == 0) {
         s.range = 1;
         parallel_for(threads, rows, sddmm_range, &s);

@@ -272,7 +272,7 @@ static void conv_grad_weight_part(void *arg, int64_t i, int worker)
 static int worth(int threads, const Shape *s, int64_t kept)
 {
     const int64_t work = s->batch * s->out_height * s->out_width * kept;
-    return (int)max64(1, min64(threads, work / WORTH_A_THREAD));
+    return threads_now((int)max64(1, min64(threads, work / WORTH_A_THREAD)));
 }
 
 /* A worker has the planes of `channels`, and `more` outputs. 0, or -1 if there is no memory. */

@@ -88,7 +88,10 @@ def backend(x: Tensor) -> Backend:
 
 def backends() -> dict[str, str]:
     """What each backend can do here: "available", with its instruction set or GPU, or why not."""
-    native = linear_native.WHY_NOT or f"available ({linear_native.INSTRUCTION_SETS[0]})"
+    native = linear_native.WHY_NOT
+    if native is None:
+        without = linear_native.WHY_NO_CODE and f"; no machine code: {linear_native.WHY_NO_CODE}"
+        native = f"available ({linear_native.INSTRUCTION_SETS[0]}{without})"
     triton = "torch sees no GPU"
     if torch.cuda.is_available():
         triton = triton_why_not(torch.device("cuda"))

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 
 # All that there are; where one is chosen, a type that has no kernels for it takes the next
-ORDER = ("avx512_vnni", "avx512_bf16", "avx512", "avx_vnni", "avx2", "baseline")
+ORDER = (
+    "avx512_jit",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512",
+    "avx_vnni",
+    "avx2",
+    "baseline",
+)
 
 chosen: ContextVar[str | None] = ContextVar("chosen_instruction_set", default=None)
 

@@ -23,20 +23,37 @@ typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES), aligned(4), ma
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 
+/* Blocks of one block row: their inputs are begin to end of a layer's. */
+typedef struct {
+    int32_t begin, end;
+    int first, last; /* whether its sums begin here, and end here */
+} NAME(Part);
+
 /* `width` outputs of a block row, from r0, for `rows` rows of the batch. Few rows are too few sums
    to hide the latency of an addition: each is then taken in several chains. */
 INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int64_t i, int64_t r0,
-                            const float *x, int64_t ldx, float *y, int64_t ldy)
+                            NAME(Part) part, const float *x, int64_t ldx, float *y, int64_t ldy)
 {
     const int V = width / LANES, S = rows * V; /* sums, acc[chain * S + row * V + v] */
     const int chains = S >= 8 ? 1 : S >= 4 ? 2 : 4;
-    const int64_t R = l->R, C = l->C, first = i * R + r0;
+    const int64_t R = l->R, C = l->C, first = i * R + r0, left = min64(width, l->out - first);
     vec acc[4 * ROWS * 16 / LANES];
-    UNROLL for (int a = 0; a < chains * S; a++) acc[a] = (vec){0};
-    for (int64_t n = l->crow[i]; n < l->crow[i + 1]; n++) {
+    float edge[16] = {0};
+    if (part.first && l->bias)
+        memcpy(edge, l->bias + first, left * sizeof(float));
+    UNROLL for (int m = 0; m < rows; m++) {
+        const float *from = part.first ? edge : y + m * ldy + first;
+        if (!part.first && left < width)
+            from = memcpy(edge, from, left * sizeof(float));
+        UNROLL for (int v = 0; v < V; v++) acc[m * V + v] = LOAD(from + v * LANES);
+    }
+    UNROLL for (int a = S; a < chains * S; a++) acc[a] = (vec){0};
+    for (int32_t n = part.begin; n < part.end; n++) {
         const int64_t k = l->col[n] * C, inside = min64(C, l->in - k);
+        const int64_t next = l->col[n + 1 < part.end ? n + 1 : n] * C;
         const float *w = l->values + n * C * R + r0, *p[ROWS * 16 / LANES];
         int64_t c = 0;
+        UNROLL for (int m = 0; m < rows; m++) __builtin_prefetch(x + next + m * ldx);
         UNROLL for (int m = 0; m < rows; m += 3) {
             p[m / 3] = x + k + m * ldx;
             __asm__("" : "+r"(p[m / 3])); /* a pointer for 3 rows: 14 offsets would be spilled */
@@ -53,18 +70,13 @@ INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int
                 UNROLL for (int m = 0; m < rows; m++)
                     acc[m * V + v] += LOAD(w + c * R + v * LANES) * p[m / 3][m % 3 * ldx + c];
     }
-    const int64_t left = min64(width, l->out - first);
-    float bias[16] = {0};
-    if (l->bias)
-        memcpy(bias, l->bias + first, left * sizeof(float));
     UNROLL for (int m = 0; m < rows; m++) {
         float *to = y + m * ldy + first;
         vec sums[4];
         UNROLL for (int v = 0; v < V; v++) {
             sums[v] = acc[m * V + v];
             UNROLL for (int j = 1; j < chains; j++) sums[v] += acc[j * S + m * V + v];
-            sums[v] += LOAD(bias + v * LANES);
-            sums[v] = l->relu ? RELU(sums[v]) : sums[v];
+            sums[v] = part.last && l->relu ? RELU(sums[v]) : sums[v];
         }
         if (left == width)
             UNROLL for (int v = 0; v < V; v++) STORE(to + v * LANES, sums[v]);
@@ -74,29 +86,35 @@ INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int
 }
 
 /* Block rows begin .. end of a layer of tall blocks: x (rows, in) -> y (rows, out). The blocks of a
-   block row stay in the first cache while the rows pass. */
+   block row stay in the first cache while the rows pass, and a range of x in the second. */
 INLINE void NAME(tall_rows)(const int width, const Layer *l, int64_t begin, int64_t end,
                             const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows)
 {
     const int most = ROWS * 16 / width;
-    const int64_t groups = ceil_div(rows, most);
-    for (int64_t i = begin; i < end; i++)
-        for (int64_t r0 = 0; r0 < l->R && i * l->R + r0 < l->out; r0 += width)
-            for (int64_t g = 0; g < groups; g++) {
-                const int64_t m = rows * g / groups, size = rows * (g + 1) / groups - m;
-                const float *xm = x + m * ldx;
-                float *ym = y + m * ldy;
+    const int64_t groups = ceil_div(rows, most), ranges = ceil_div(rows * l->in, CACHED);
+    const int64_t range = ceil_div(ceil_div(l->in, ranges), l->C); /* block columns */
+    for (int64_t t = 0; t < ranges; t++)
+        for (int64_t i = begin; i < end; i++) {
+            NAME(Part) part = {.first = t == 0, .last = t == ranges - 1};
+            part.begin = first_from(l, i, t * range);
+            part.end = part.last ? l->crow[i + 1] : first_from(l, i, (t + 1) * range);
+            for (int64_t r0 = 0; r0 < l->R && i * l->R + r0 < l->out; r0 += width)
+                for (int64_t g = 0; g < groups; g++) {
+                    const int64_t m = rows * g / groups, size = rows * (g + 1) / groups - m;
+                    const float *xm = x + m * ldx;
+                    float *ym = y + m * ldy;
 #define TILE(n)                                                                                    \
     case n:                                                                                        \
         if (n <= most)                                                                             \
-            NAME(tall_tile)(n <= most ? n : 1, width, l, i, r0, xm, ldx, ym, ldy);                 \
+            NAME(tall_tile)(n <= most ? n : 1, width, l, i, r0, part, xm, ldx, ym, ldy);           \
         break;
-                switch (size) {
-                    TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9)
-                    TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
-                }
+                    switch (size) {
+                        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9)
+                        TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
+                    }
 #undef TILE
-            }
+                }
+        }
 }
 
 static TARGET void NAME(tall16)(const Layer *l, int64_t begin, int64_t end, const float *x,
@@ -113,12 +131,12 @@ static TARGET void NAME(tall8)(const Layer *l, int64_t begin, int64_t end, const
 }
 #endif
 
-/* Outputs begin .. end for nv vectors of the batch: x (in, nv * LANES) -> y (out, nv * LANES). The
-   sum of an output is taken in several chains, to hide the latency of an addition. */
+/* Outputs begin .. end for nv panels: x (in, LANES) and y (out, LANES), ldx and ldy floats from panel
+   to panel. The sum of an output is taken in several chains, to hide the latency of an addition. */
 INLINE void NAME(wide_rows)(const int nv, const Layer *l, int64_t begin, int64_t end,
-                            const float *x, float *y)
+                            const float *x, int64_t ldx, float *y, int64_t ldy)
 {
-    const int chains = 8 / nv, lanes = nv * LANES;
+    const int chains = 8 / nv;
     const int64_t R = l->R, C = l->C;
     for (int64_t o = begin; o < end; o++) {
         const int64_t i = o / R, r = o % R, last = l->crow[i + 1];
@@ -127,7 +145,7 @@ INLINE void NAME(wide_rows)(const int nv, const Layer *l, int64_t begin, int64_t
         int64_t n = l->crow[i];
 #define ADD(j, weight, input)                                                                      \
     UNROLL for (int v = 0; v < nv; v++)                                                            \
-        acc[(j) * nv + v] += (weight) * LOAD(x + (input) * lanes + v * LANES);
+        acc[(j) * nv + v] += (weight) * LOAD(x + (input) * LANES + v * ldx);
         if (C == 1) {
             for (; n + chains <= last; n += chains)
                 UNROLL for (int j = 0; j < chains; j++)
@@ -151,20 +169,19 @@ INLINE void NAME(wide_rows)(const int nv, const Layer *l, int64_t begin, int64_t
             UNROLL for (int j = 1; j < chains; j++) sum += acc[j * nv + v];
             if (l->bias)
                 sum += l->bias[o];
-            STORE(y + o * lanes + v * LANES, l->relu ? RELU(sum) : sum);
+            STORE(y + o * LANES + v * ldy, l->relu ? RELU(sum) : sum);
         }
     }
 }
 
-static TARGET void NAME(wide)(const Layer *l, int64_t begin, int64_t end, const float *x, float *y,
-                              int64_t lanes)
+static TARGET void NAME(wide)(const Layer *l, int64_t begin, int64_t end, const float *x,
+                              int64_t ldx, float *y, int64_t ldy, int64_t panels)
 {
-    if (lanes == LANES)
-        NAME(wide_rows)(1, l, begin, end, x, y);
-    else if (lanes == 2 * LANES)
-        NAME(wide_rows)(2, l, begin, end, x, y);
-    else
-        NAME(wide_rows)(4, l, begin, end, x, y);
+    switch (panels) {
+    case 1: NAME(wide_rows)(1, l, begin, end, x, ldx, y, ldy); break;
+    case 2: NAME(wide_rows)(2, l, begin, end, x, ldx, y, ldy); break;
+    default: NAME(wide_rows)(4, l, begin, end, x, ldx, y, ldy);
+    }
 }
 
 /* The sum of v[n] * x[k[n]]. Gathering inputs into quads costs a shuffle each, but the weights are

@@ -1,6 +1,7 @@
 """The block-sparse linear layer on native CPU kernels, for float32, where they were built, and
 chains of layers in one type."""
 
+import weakref
 from contextvars import ContextVar
 from importlib import import_module
 from itertools import pairwise
@@ -21,6 +22,7 @@ except ImportError as error:
 
 INSTRUCTION_SETS = _native.INSTRUCTION_SETS if _native else ()  # of this machine, the best first
 instruction_set = ContextVar("instruction_set", default=0)  # an index into them
+WHY_NO_CODE = _native.WHY_NO_CODE if _native else WHY_NOT  # made from patterns; "" where it is
 
 
 def linear(
@@ -45,7 +47,7 @@ def linear(
             *(x.data_ptr(), x.stride(0), y.data_ptr(), batch),
             *(values.data_ptr(), 0 if bias is None else bias.data_ptr()),
             *(crow.data_ptr(), col.data_ptr(), R, C, in_features, out_features),
-            activation == "relu",
+            *(activation == "relu", program(pattern, C, R, in_features, out_features).address),
         )
     return F.gelu(y) if activation == "gelu" else y
 
@@ -62,8 +64,45 @@ def linear_grad_input(grad: Tensor, values: Tensor, pattern: Pattern, in_feature
             *(pattern.t_slots.data_ptr(), values.data_ptr()),
             *(pattern.ccol_indices.data_ptr(), pattern.t_row_indices.data_ptr()),
             *(C, R, out_features, in_features),
+            transposed_program(pattern, C, R, in_features, out_features).address,
         )
     return dx
+
+
+class Program:
+    """Room for the machine code of a pattern, which the first call that gains by it makes.
+
+    It goes with the pattern, which a layer makes anew when its indices change.
+    """
+
+    def __init__(self, crow: Tensor, col: Tensor, slots: Tensor | None, *sizes: int):
+        """sizes: R, C, in_features, out_features; slots: of a transposed pattern"""
+        addresses = crow.data_ptr(), col.data_ptr(), 0 if slots is None else slots.data_ptr()
+        self.tensors = crow, col, slots  # alive while C may read them
+        self.address = _native.new_program(*addresses, *sizes)
+        weakref.finalize(self, _native.free_program, self.address)
+
+
+def program(pattern: Pattern, C: int, R: int, in_features: int, out_features: int) -> Program:
+    key = "linear", C, R, in_features, out_features
+    found = pattern.programs.get(key)
+    if found is None:
+        made = Program(*pattern[:2], None, R, C, in_features, out_features)
+        found = pattern.programs.setdefault(key, made)
+    return found
+
+
+def transposed_program(
+    pattern: Pattern, C: int, R: int, in_features: int, out_features: int
+) -> Program:
+    """Of the input gradient."""
+    key = "transposed", C, R, in_features, out_features
+    found = pattern.programs.get(key)
+    if found is None:
+        indices = pattern.ccol_indices, pattern.t_row_indices, pattern.t_slots
+        made = Program(*indices, C, R, out_features, in_features)
+        found = pattern.programs.setdefault(key, made)
+    return found
 
 
 def rows(x: Tensor) -> Tensor:
@@ -131,10 +170,10 @@ class Chain:
             raise ValueError(f"expected layers in {self.dtype}, got also {dtypes}")
         self.in_features, self.out_features = layers[0].in_features, layers[-1].out_features
         prepared = [_prepare(layer) for layer in layers]
-        self._tensors = [tensors for tensors, _ in prepared]  # alive while C may read them
+        self._alive = [(tensors, made) for tensors, _, made in prepared]  # while C may read them
         self._arguments = [
             argument
-            for tensors, numbers in prepared
+            for tensors, numbers, _ in prepared
             for argument in (*(0 if t is None else t.data_ptr() for t in tensors), *numbers)
         ]
 
@@ -202,8 +241,9 @@ def _is_plain(t: Tensor) -> bool:
     )
 
 
-def _prepare(layer: ChainLayer) -> tuple[tuple, tuple]:
-    """(values, bias, crow, col), (R, C, in_features, out_features, relu, ...), as kernels want"""
+def _prepare(layer: ChainLayer) -> tuple[tuple, tuple, Program | None]:
+    """(values, bias, crow, col), (R, C, in_features, out_features, relu, program): what the kernels
+    take, and the program of a float32 layer"""
     values, pattern, bias, in_features, out_features, activation = layer
     if activation not in ("none", "relu"):
         raise ValueError(f"expected activation 'none' or 'relu', got {activation!r}")
@@ -219,10 +259,12 @@ def _prepare(layer: ChainLayer) -> tuple[tuple, tuple]:
         pattern = _one_block_each(out_features)
     check_sizes(values, pattern, bias, in_features, out_features)
     _, C, R = values.shape
-    numbers = R, C, in_features, out_features, activation == "relu"
+    tensors, sizes = (values, bias, *pattern[:2]), (in_features, out_features)
+    numbers = R, C, *sizes, activation == "relu"
     if values.dtype == torch.bfloat16:
-        numbers = *numbers, 0  # no slots: the weight is not a transposed one
-    return (values, bias, *pattern[:2]), numbers
+        return tensors, (*numbers, 0), None  # no slots: the weight is not a transposed one
+    made = program(pattern, C, R, *sizes)
+    return tensors, (*numbers, made.address), made
 
 
 def _one_block_each(out_features: int) -> Pattern:

@@ -5,7 +5,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
-#include <stdlib.h>
+#include <fcntl.h>
 
 #include "native.h"
 
@@ -55,24 +55,39 @@ static const Kernels kernels_avx512 = TABLE(avx512, avx2);
 #include "undefine.h"
 #endif
 
+#include "jit.c"
+
 /* What this machine can run, the best first; a caller names one by its index. */
-static const Kernels *usable[3];
+static const Kernels *usable[4];
 static int n_usable;
+
+/* Why no machine code is made from patterns, or NULL where it is. */
+static const char *why_no_code = "it needs x86-64 with AVX-512";
 
 static void find_usable(void)
 {
     n_usable = 0;
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+        static Kernels with_code;
+        const char *wanted = getenv("SPARSE_LTH_JIT");
+        with_code = kernels_avx512;
+        with_code.name = "avx512_jit";
+        with_code.code_of = code_of;
+        with_code.run_code = run_code;
+        why_no_code = wanted && strcmp(wanted, "0") == 0 ? "SPARSE_LTH_JIT=0"
+                      : may_execute()                    ? NULL
+                                      : "this process may not execute memory that it wrote";
+        if (!why_no_code)
+            usable[n_usable++] = &with_code;
         usable[n_usable++] = &kernels_avx512;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         usable[n_usable++] = &kernels_avx2;
 #endif
     usable[n_usable++] = &kernels_baseline;
 }
-
-enum { MAX_LAYERS = 64 }; /* of a call */
 
 #include "batch.c"
 #include "conv.c"
@@ -152,12 +167,54 @@ static PyObject *none_or_no_memory(int failed)
     Py_RETURN_NONE;
 }
 
+/* new_program(crow, col, slots, R, C, in, out): the address of a Program, to be given to
+   free_program; slots: 0, or of a transposed pattern. What the addresses name must outlive it. */
+static PyObject *py_new_program(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    enum { CROW, COL, SLOTS, R, C, IN, OUT, ARGUMENTS };
+    long long a[ARGUMENTS];
+    (void)self;
+    if (ints(args, nargs, ARGUMENTS, a))
+        return NULL;
+    const int32_t *crow = (int32_t *)a[CROW], *col = (int32_t *)a[COL];
+    if (check_sizes(a[R], a[C], a[IN], a[OUT]) || check_given("compressed_indices", crow) ||
+        (crow[ceil_div(a[OUT], a[R])] && check_given("plain_indices", col)))
+        return NULL;
+    Program *p = calloc(1, sizeof *p);
+    if (!p)
+        return PyErr_NoMemory();
+    *p = (Program){.crow = crow, .col = col, .slots = (int32_t *)a[SLOTS], .R = a[R], .C = a[C],
+                   .in = a[IN], .out = a[OUT]};
+    return PyLong_FromVoidPtr(p);
+}
+
+/* free_program(address) */
+static PyObject *py_free_program(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    long long address;
+    (void)self;
+    if (ints(args, nargs, 1, &address) || check_given("program", (void *)address))
+        return NULL;
+    free_program((Program *)address);
+    Py_RETURN_NONE;
+}
+
+/* 0, or -1 with a ValueError set unless the program was made for such a layer; it may be NULL */
+static int check_program(const Program *p, const Layer *l)
+{
+    if (!p || (p->R == l->R && p->C == l->C && p->in == l->in && p->out == l->out &&
+               p->crow == l->crow && p->col == l->col))
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "expected the program of the layer, got that of another");
+    return -1;
+}
+
 /* forward(instruction_set, threads, x, ldx, y, batch, *layers)
-   a layer: values, bias, crow, col, R, C, in, out, relu; y (batch, out of the last) is written */
+   a layer: values, bias, crow, col, R, C, in, out, relu, program (or 0); y (batch, out of the last) is written */
 static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     enum { INSTRUCTION_SET, THREADS, X, LDX, Y, BATCH, HEAD };
-    enum { VALUES, BIAS, CROW, COL, R, C, IN, OUT, RELU, PER_LAYER };
+    enum { VALUES, BIAS, CROW, COL, R, C, IN, OUT, RELU, PROGRAM, PER_LAYER };
     long long a[HEAD + PER_LAYER * MAX_LAYERS];
     Layer layers[MAX_LAYERS];
     const Py_ssize_t n = (nargs - HEAD) / PER_LAYER;
@@ -173,10 +230,12 @@ static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t na
         const long long *l = a + HEAD + j * PER_LAYER;
         layers[j] = (Layer){.values = (float *)l[VALUES], .bias = (float *)l[BIAS],
                             .crow = (int32_t *)l[CROW], .col = (int32_t *)l[COL], .R = l[R],
-                            .C = l[C], .in = l[IN], .out = l[OUT], .relu = l[RELU] != 0};
+                            .C = l[C], .in = l[IN], .out = l[OUT], .relu = l[RELU] != 0,
+                            .program = (Program *)l[PROGRAM]};
         if (check_sizes(l[R], l[C], l[IN], l[OUT]) ||
             check_blocks(layers[j].values, layers[j].crow, block_rows(&layers[j]) + 1,
-                         layers[j].col))
+                         layers[j].col) ||
+            check_program(layers[j].program, &layers[j]))
             return NULL;
         if (j && layers[j].in != layers[j - 1].out) {
             PyErr_Format(PyExc_ValueError, "expected in_features %lld for layer %zd, got %lld",
@@ -198,11 +257,11 @@ static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t na
 }
 
 /* grad_input(instruction_set, threads, grad, ldg, dx, batch, slots, values, ccol, rows, C, R, out,
-   in); dx (batch, in) is written */
+   in, program); dx (batch, in) is written */
 static PyObject *py_grad_input(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     enum { INSTRUCTION_SET, THREADS, GRAD, LDG, DX, BATCH, SLOTS, VALUES, CCOL, ROWS, C, R, OUT,
-           IN, ARGUMENTS };
+           IN, PROGRAM, ARGUMENTS };
     long long a[ARGUMENTS];
     (void)self;
     if (ints(args, nargs, ARGUMENTS, a))
@@ -212,13 +271,14 @@ static PyObject *py_grad_input(PyObject *self, PyObject *const *args, Py_ssize_t
     const int32_t *slots = (int32_t *)a[SLOTS];
     const Layer transposed = {.values = (float *)a[VALUES], .crow = (int32_t *)a[CCOL],
                               .col = (int32_t *)a[ROWS], .R = a[C], .C = a[R], .in = a[OUT],
-                              .out = a[IN]};
+                              .out = a[IN], .program = (Program *)a[PROGRAM]};
     if (check_call(a[INSTRUCTION_SET], a[THREADS], a[BATCH]) ||
         check_rows("grad", grad, a[LDG], a[BATCH]) || check_rows("dx", dx, a[IN], a[BATCH]) ||
         check_sizes(a[R], a[C], a[IN], a[OUT]) ||
         check_blocks(transposed.values, transposed.crow, block_rows(&transposed) + 1,
                      transposed.col) ||
-        (kept_weights(&transposed) && check_given("slots", slots)))
+        (kept_weights(&transposed) && check_given("slots", slots)) ||
+        check_program(transposed.program, &transposed))
         return NULL;
     int failed;
     Py_BEGIN_ALLOW_THREADS;
@@ -258,6 +318,8 @@ static PyObject *py_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t narg
 #include "words_calls.c"
 
 static PyMethodDef methods[] = {
+    {"new_program", (PyCFunction)(void (*)(void))py_new_program, METH_FASTCALL, NULL},
+    {"free_program", (PyCFunction)(void (*)(void))py_free_program, METH_FASTCALL, NULL},
     {"forward", (PyCFunction)(void (*)(void))py_forward, METH_FASTCALL, NULL},
     {"grad_input", (PyCFunction)(void (*)(void))py_grad_input, METH_FASTCALL, NULL},
     {"sddmm", (PyCFunction)(void (*)(void))py_sddmm, METH_FASTCALL, NULL},
@@ -277,6 +339,8 @@ PyMODINIT_FUNC PyInit__native(void)
 {
     find_usable();
     find_usable_words();
+    load_file = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
+    processors = sysconf(_SC_NPROCESSORS_ONLN);
     openmp = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
     pthread_atfork(NULL, NULL, after_fork);
     PyObject *m = PyModule_Create(&module), *names = PyTuple_New(n_usable);
@@ -286,5 +350,6 @@ PyMODINIT_FUNC PyInit__native(void)
         PyTuple_SET_ITEM(names, i, PyUnicode_FromString(usable[i]->name));
     PyModule_AddIntMacro(m, MAX_LAYERS);
     PyModule_AddObject(m, "INSTRUCTION_SETS", names);
+    PyModule_AddStringConstant(m, "WHY_NO_CODE", why_no_code ? why_no_code : "");
     return add_word_sets(m) ? NULL : m;
 }

@@ -26,6 +26,7 @@ class Pattern(NamedTuple):
     t_row_indices: Tensor  # (nnz,): ... the block rows, column by column
     t_slots: Tensor  # (nnz,): ... and which of `values` each one is
     col_order: Tensor  # (block_cols,): block columns, the one with the most blocks first
+    programs: dict  # what a backend has made of this pattern, by what it made it for
 
     @classmethod
     def from_indices(
@@ -49,7 +50,7 @@ class Pattern(NamedTuple):
                 slots,
                 per_col.argsort(descending=True, stable=True),
             )
-            return cls(crow, col, *(t.to(torch.int32) for t in derived))
+            return cls(crow, col, *(t.to(torch.int32) for t in derived), {})
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -17,7 +17,7 @@ static int is_better_tall(const WordKernels *k, const WordLayer *l, int64_t batc
 }
 
 /* How many of `each` a thread takes at a time, of which there are to be about `about`. */
-static int64_t range_of(int64_t about, int64_t each) { return max64(1, about / each); }
+static int64_t of_about(int64_t about, int64_t each) { return max64(1, about / each); }
 
 typedef struct {
     const WordKernels *kernels;
@@ -62,7 +62,7 @@ static int pack_words(const WordKernels *k, WordLayer *l, const Blocks *blocks, 
         return 0;
     WordPack pack = {.kernels = k, .layer = l, .blocks = blocks, .packed = (char *)l->packed,
                      .inputs = inputs ? (int32_t *)l->inputs : NULL,
-                     .range = range_of(1 << 14, ceil_div(kept * l->R, rows) + 1)};
+                     .range = of_about(1 << 14, ceil_div(kept * l->R, rows) + 1)};
     parallel_for(kept * l->R < WORTH_A_THREAD ? 1 : threads, ceil_div(rows, pack.range),
                  word_pack_range, &pack);
     return 0;
@@ -94,7 +94,7 @@ typedef struct {
    outputs may share a word. */
 enum { WORDS_ENTERING = 64, OUTPUTS_TAKEN = 64 };
 
-static int64_t word_range(const WordLayer *l) { return 2 * range_of(OUTPUTS_TAKEN / 2, l->R); }
+static int64_t word_range(const WordLayer *l) { return 2 * of_about(OUTPUTS_TAKEN / 2, l->R); }
 
 static void word_enter_range(void *arg, int64_t i, int worker)
 {
@@ -174,7 +174,7 @@ static int word_forward(const WordKernels *k, WordLayer *layers, const Blocks *b
         f.x_part = max64(f.x_part, 4 * f.tile * ceil_div(l->in, l->per_word));
         f.y_part = max64(f.y_part, 4 * f.tile * word_range(l) * l->R);
     }
-    threads = (int)max64(1, min64(threads, work / WORTH_A_THREAD));
+    threads = threads_now((int)max64(1, min64(threads, work / WORTH_A_THREAD)));
     const int across = tiles >= threads ? threads : 1; /* threads over tiles, or over outputs */
     f.threads = threads / across;
     f.part = 2 * f.rows_part + f.x_part + f.threads * f.y_part;
@@ -235,13 +235,13 @@ static int word_sddmm(const WordKernels *k, WordLayer *l, const void *grad, int6
     const Blocks none = {0};
     const int64_t lanes = min64(k->panel, ceil_div(batch, k->lanes) * k->lanes);
     char *packed = NULL, *scratch = allocate_bytes(4 * ((outputs + inputs) * lanes + weights));
-    threads = (int)max64(1, min64(threads, weights * batch / WORTH_A_THREAD));
+    threads = threads_now((int)max64(1, min64(threads, weights * batch / WORTH_A_THREAD)));
     if (!scratch || pack_words(k, l, &none, batch, threads, &packed)) {
         free(scratch);
         return -1;
     }
     WordSddmm s = {.kernels = k, .layer = l, .grad_planes = scratch, .ldg = ldg, .ldx = ldx,
-                   .lanes = lanes, .range = range_of(64, l->R), .first = 1};
+                   .lanes = lanes, .range = of_about(64, l->R), .first = 1};
     s.x_planes = s.grad_planes + 4 * outputs * lanes;
     s.gradient = (WordGradient){.layer = l, .values = (float *)(s.x_planes + 4 * inputs * lanes)};
     memset(s.gradient.values, 0, 4 * weights);

@@ -24,12 +24,18 @@ class Memory:
     """Arrays, each in an allocation of its own until the end of the `with`."""
 
     def __enter__(self):
-        self._addresses = []
+        self._addresses, self._programs = [], []
         return self
 
     def __exit__(self, *_):
+        for native, address in self._programs:
+            native.free_program(address)
         for address in self._addresses:
             libc.free(address)
+
+    def program(self, native, *arguments):
+        self._programs.append((native, native.new_program(*arguments)))
+        return self._programs[-1][1]
 
     def put(self, typecode, items):
         """The address of a copy of the items; 0 for none, as torch has it."""
@@ -62,21 +68,26 @@ class Weight:
         self.nnz = len(col)
         self.crow, self.col = memory.put("i", crow), memory.put("i", col)
         by_column = sorted((c, i) for i, row in enumerate(kept) for c in row)
-        in_order = [(i, c) for i, row in enumerate(kept) for c in row]
+        pairs = ((i, c) for i, row in enumerate(kept) for c in row)
+        place = {pair: n for n, pair in enumerate(pairs)}
         self.ccol = memory.put("i", [sum(c < k for c in col) for k in range(cols + 1)])
         self.rows = memory.put("i", [i for _, i in by_column])
-        self.slots = memory.put("i", [in_order.index((i, c)) for c, i in by_column])
+        self.slots = memory.put("i", [place[i, c] for c, i in by_column])
         self.values, self.bias = memory.ones(self.nnz * self.R * self.C), memory.ones(self.out)
+        sizes = self.inputs, self.out
+        self.program = memory.program(native, self.crow, self.col, 0, self.R, self.C, *sizes)
+        indices = self.ccol, self.rows, self.slots
+        self.transposed = memory.program(native, *indices, self.C, self.R, *sizes[::-1])
 
     def as_layer(self, relu):
         pointers = self.values, self.bias, self.crow, self.col
-        return *pointers, self.R, self.C, self.inputs, self.out, relu
+        return *pointers, self.R, self.C, self.inputs, self.out, relu, self.program
 
 
 def dense(memory, out, inputs):
     """A dense layer, as a chain holds it: a block for each output."""
     crow, col = memory.put("i", range(out + 1)), memory.put("i", [0] * out)
-    return memory.ones(out * inputs), 0, crow, col, 1, inputs, inputs, out, False
+    return memory.ones(out * inputs), 0, crow, col, 1, inputs, inputs, out, False, 0
 
 
 def check_written(address, n):
@@ -96,7 +107,9 @@ def gradients(native, memory, call, batch, padding, w):
     grad, x = memory.rows(batch, w.out, ldg), memory.rows(batch, w.inputs, ldx)
     dx, dvalues = memory.unwritten(batch * w.inputs), memory.put("f", [0.0] * size)
     indices = w.slots, w.values, w.ccol, w.rows
-    native.grad_input(*call, grad, ldg, dx, batch, *indices, w.C, w.R, w.out, w.inputs)
+    native.grad_input(
+        *call, grad, ldg, dx, batch, *indices, w.C, w.R, w.out, w.inputs, w.transposed
+    )
     check_written(dx, batch * w.inputs)
     sizes = ldg, ldx, batch, w.R, w.C, w.inputs, w.out
     native.sddmm(*call, grad, x, dvalues, w.crow, w.col, *sizes)

@@ -14,7 +14,7 @@ MEMORY = torch.zeros(1 << 10)  # large enough for every call here; as int32, zer
 P = MEMORY.data_ptr()
 LAYER = {
     **{"values": P, "bias": 0, "crow": P, "col": P},
-    **{"R": 2, "C": 3, "in": 5, "out": 7, "relu": False},
+    **{"R": 2, "C": 3, "in": 5, "out": 7, "relu": False, "program": 0},
 }
 CALL = {"instruction_set": 0, "threads": 1}
 SHAPE = (
@@ -32,7 +32,7 @@ ARGUMENTS = {
     "forward": CALL | {"x": P, "ldx": 5, "y": P, "batch": 4} | LAYER,
     "grad_input": CALL
     | {"grad": P, "ldg": 7, "dx": P, "batch": 4, "slots": P, "values": P, "crow": P, "rows": P}
-    | {"C": 3, "R": 2, "out": 7, "in": 5},
+    | {"C": 3, "R": 2, "out": 7, "in": 5, "program": 0},
     "sddmm": CALL
     | {"grad": P, "x": P, "values": P, "crow": P, "col": P}
     | {"ldg": 7, "ldx": 5, "batch": 4, "R": 2, "C": 3, "in": 5, "out": 7},
