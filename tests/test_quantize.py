@@ -10,10 +10,12 @@ from sparse_lth import (
     Int8SparseLinear,
     SparseLinear,
     SparseSequential,
+    TicketError,
     load_sparse,
     quantize_,
     save_sparse,
 )
+from sparse_lth.files import load_tensors, save_tensors
 
 
 def network(blocksize=(16, 4)):
@@ -83,6 +85,20 @@ def test_the_same_numbers_after_copy_state_dict_and_file(blocksize, tmp_path):
     save_sparse(model, tmp_path / "model")
     dense = nn.Sequential(nn.Linear(70, 45), nn.Linear(45, 20, bias=False), nn.Linear(20, 3))
     assert torch.equal(load_sparse(tmp_path / "model", dense)(x), y)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda bits: bits[1:], lambda bits: bits ^ 1, lambda bits: bits.to(torch.int16)]
+)
+def test_a_file_with_bits_of_other_blocks_is_refused(damage, tmp_path):
+    model, path = quantized_network(), tmp_path / "model"
+    save_sparse(model, path)
+    tensors, about = load_tensors(path, "model")
+    tensors["0.block_bits"] = damage(tensors["0.block_bits"])
+    save_tensors(path, "model", tensors, about)
+    dense = nn.Sequential(nn.Linear(70, 45), nn.Linear(45, 20, bias=False), nn.Linear(20, 3))
+    with pytest.raises(TicketError, match="expected an int8 layer 0"):
+        load_sparse(path, dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
