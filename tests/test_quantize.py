@@ -110,6 +110,13 @@ def test_compiles_and_exports(dtype):
     assert torch.equal(torch.export.export(layer, (x,)).module()(x), y)
 
 
+def test_its_op_passes_torchs_own_checks():
+    layer = quantized_network()[0]
+    tensors = layer._weight(), (layer.crow_indices, layer.col_indices, layer.bias)
+    args = torch.randn(5, 70), *tensors[0], *tensors[1], 45, "relu"
+    torch.library.opcheck(torch.ops.sparse_lth.int8_linear.default, args)
+
+
 def test_has_no_gradient():
     y = quantized_network()(torch.randn(2, 70, requires_grad=True))
     with pytest.raises((NotImplementedError, RuntimeError)):
