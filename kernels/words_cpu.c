@@ -598,9 +598,18 @@ static TARGET void NAME(quantize)(const float *x, int64_t ldx, int64_t rows, int
             memset(to, 0, in);
             continue;
         }
-        for (k = 0; k < in; k++) {
-            const float number = x[k] * inverse + zero + 0.5f; /* at least 0 */
-            to[k] = (uint8_t)(int32_t)(number < 255 ? number : 255);
+        for (k = 0; k < in; k += LANES) {
+            const int64_t count = min64(LANES, in - k);
+            floats v = {0};
+            if (count == LANES)
+                v = *(const floats *)(x + k);
+            else
+                memcpy(&v, x + k, count * sizeof(float));
+            v = v * inverse + (zero + 0.5f); /* at least 0 */
+            const ints steps = __builtin_convertvector(v, ints), above = steps > 255;
+            const NAME(numbers) numbers =
+                __builtin_convertvector((steps & ~above) | (above & 255), NAME(numbers));
+            memcpy(to + k, &numbers, count);
         }
     }
 }

@@ -10,10 +10,12 @@ from sparse_lth import (
     Int8SparseLinear,
     SparseLinear,
     SparseSequential,
+    TicketError,
     load_sparse,
     quantize_,
     save_sparse,
 )
+from sparse_lth.files import load_tensors, save_tensors
 
 
 def network(blocksize=(16, 4)):
@@ -85,6 +87,20 @@ def test_the_same_numbers_after_copy_state_dict_and_file(blocksize, tmp_path):
     assert torch.equal(load_sparse(tmp_path / "model", dense)(x), y)
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda bits: bits[1:], lambda bits: bits ^ 1, lambda bits: bits.to(torch.int16)]
+)
+def test_a_file_with_bits_of_other_blocks_is_refused(damage, tmp_path):
+    model, path = quantized_network(), tmp_path / "model"
+    save_sparse(model, path)
+    tensors, about = load_tensors(path, "model")
+    tensors["0.block_bits"] = damage(tensors["0.block_bits"])
+    save_tensors(path, "model", tensors, about)
+    dense = nn.Sequential(nn.Linear(70, 45), nn.Linear(45, 20, bias=False), nn.Linear(20, 3))
+    with pytest.raises(TicketError, match="expected an int8 layer 0"):
+        load_sparse(path, dense)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_and_exports(dtype):
     layer, x = quantized_network()[0], torch.randn(5, 70, dtype=dtype)
@@ -92,6 +108,13 @@ def test_compiles_and_exports(dtype):
     assert y.dtype == dtype
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), y)
     assert torch.equal(torch.export.export(layer, (x,)).module()(x), y)
+
+
+def test_its_op_passes_torchs_own_checks():
+    layer = quantized_network()[0]
+    tensors = layer._weight(), (layer.crow_indices, layer.col_indices, layer.bias)
+    args = torch.randn(5, 70), *tensors[0], *tensors[1], 45, "relu"
+    torch.library.opcheck(torch.ops.sparse_lth.int8_linear.default, args)
 
 
 def test_has_no_gradient():
