@@ -107,7 +107,9 @@ def gradients(native, memory, call, batch, padding, w):
     grad, x = memory.rows(batch, w.out, ldg), memory.rows(batch, w.inputs, ldx)
     dx, dvalues = memory.unwritten(batch * w.inputs), memory.put("f", [0.0] * size)
     indices = w.slots, w.values, w.ccol, w.rows
-    native.grad_input(*call, grad, ldg, dx, batch, *indices, w.C, w.R, w.out, w.inputs, w.transposed)
+    native.grad_input(
+        *call, grad, ldg, dx, batch, *indices, w.C, w.R, w.out, w.inputs, w.transposed
+    )
     check_written(dx, batch * w.inputs)
     sizes = ldg, ldx, batch, w.R, w.C, w.inputs, w.out
     native.sddmm(*call, grad, x, dvalues, w.crow, w.col, *sizes)
