@@ -1,19 +1,13 @@
 """Block-sparse convolutions against oneDNN's dense ones on a CPU, side by side:
 `pytest benchmarks/bench_conv.py --benchmark-only`."""
 
-import os
-import subprocess
-import warnings
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.bench_cpu import compare, name_of, needs_native
+from benchmarks.bench_cpu import compare, deepsparse, name_of, needs_deepsparse, needs_native
 from sparse_lth import SparseConv2d, SparseLinear, SparseSequential
 from sparse_lth.program.models import MODELS
-from sparse_lth.timing import in_turn
 
 LAYERS = {  # in_channels, out_channels, options, (height, width)
     "3x3 256->256 at 14x14": (256, 256, {"kernel_size": 3, "padding": 1}, (14, 14)),
@@ -104,9 +98,7 @@ def test_training_step(benchmark, tabulate, layer, blocksize):
     tabulate(title, layer, speedup, blocks=name_of(blocksize))
 
 
-DEEPSPARSE = "SPARSE_LTH_DEEPSPARSE_PYTHON"
-
-
+@needs_deepsparse
 @pytest.mark.parametrize("batch", [1, 128, 1024])
 @pytest.mark.parametrize("blocksize", [(1, 1), (16, 1)])
 def test_lenet_5_in_deepsparse(benchmark, tabulate, tmp_path, blocksize, batch):
@@ -118,6 +110,7 @@ def test_lenet_5_in_deepsparse(benchmark, tabulate, tmp_path, blocksize, batch):
     tabulate(title, f"DeepSparse, {name_of(blocksize)}", speedup, batch=batch)
 
 
+@needs_deepsparse
 @pytest.mark.parametrize("blocksize", [(1, 1), (16, 1)])
 @pytest.mark.parametrize("layer", [*LAYERS][:2])
 def test_layer_in_deepsparse(benchmark, tabulate, tmp_path, layer, blocksize):
@@ -125,25 +118,6 @@ def test_layer_in_deepsparse(benchmark, tabulate, tmp_path, layer, blocksize):
     speedup = deepsparse(benchmark, sparse.to_dense(), x, tmp_path)
     title = "a convolution at 10%: speedup over dense float32 torch"
     tabulate(title, f"{layer}, DeepSparse, {name_of(blocksize)}", speedup, batch=16)
-
-
-def deepsparse(benchmark, pruned, x, tmp_path):
-    """The speedup of DeepSparse on the pruned model over torch, measured one after the other."""
-    if DEEPSPARSE not in os.environ:
-        pytest.skip(f"{DEEPSPARSE} names no interpreter that has DeepSparse 1.8")
-    path, threads = tmp_path / "pruned.onnx", torch.get_num_threads()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter that DeepSparse can read is an old one
-        torch.onnx.export(pruned.eval(), (x,), path, opset_version=13, dynamo=False)
-    script = Path(__file__).with_name("deepsparse_peer.py")
-    command = [os.environ[DEEPSPARSE], script, path, threads, *x.shape]
-    options = {"env": os.environ | {"NM_DISABLE_ANALYTICS": "1"}, "text": True}
-    with torch.inference_mode():
-        dense = in_turn({"dense": lambda: pruned(x)}, 15)["dense"].p50
-    seconds = float(subprocess.check_output([*map(str, command)], **options).split()[-1])
-    benchmark.pedantic(lambda: None)
-    benchmark.extra_info.update(backend="deepsparse", shape=[*x.shape], speedup=dense / seconds)
-    return dense / seconds
 
 
 def layers(layer, blocksize, batch, layout):

@@ -4,7 +4,11 @@ Each turn of a row runs the dense torch network too, so `speedup` is side by sid
 not installed are skipped.
 """
 
+import os
+import subprocess
+import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,6 +277,64 @@ def test_large_layer(benchmark, tabulate, blocksize, batch):
             blocksize=blocksize,
         )
     tabulate("a 4096 x 4096 layer at 10%", name_of(blocksize), speedup, batch=batch)
+
+
+DEEPSPARSE = "SPARSE_LTH_DEEPSPARSE_PYTHON"
+needs_deepsparse = pytest.mark.skipif(
+    DEEPSPARSE not in os.environ,
+    reason=f"{DEEPSPARSE} names no interpreter that has DeepSparse 1.8",
+)
+
+
+def deepsparse(benchmark, pruned, x, tmp_path):
+    """The speedup of DeepSparse on the pruned model over torch, measured one after the other."""
+    path, threads = tmp_path / "pruned.onnx", torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter that DeepSparse can read is an old one
+        torch.onnx.export(pruned.eval(), (x,), path, opset_version=13, dynamo=False)
+    script = Path(__file__).with_name("deepsparse_peer.py")
+    command = [os.environ[DEEPSPARSE], script, path, threads, *x.shape]
+    options = {"env": os.environ | {"NM_DISABLE_ANALYTICS": "1"}, "text": True}
+    with torch.inference_mode():
+        dense = in_turn({"dense": lambda: pruned(x)}, 15)["dense"].p50
+    seconds = float(subprocess.check_output([*map(str, command)], **options).split()[-1])
+    benchmark.pedantic(lambda: None)
+    benchmark.extra_info.update(backend="deepsparse", shape=[*x.shape], speedup=dense / seconds)
+    return dense / seconds
+
+
+SHAPES = {"LeNet": LENET, "784x300": (784, 300)}
+SHAPES |= {f"{a}x{b}": (a, b) for a, b in ((1024, 1024), (4096, 4096), (4096, 11008))}
+
+
+@needs_native
+@needs_deepsparse
+@pytest.mark.parametrize("batch", [1, 16, 64, 128, 1024, 8192])
+@pytest.mark.parametrize("density", [0.2, 0.1, 0.05])
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 1), (16, 4), (16, 16)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_deepsparse(benchmark, tabulate, tmp_path, shape, blocksize, density, batch):
+    """DeepSparse's time over ours, on the same weights."""
+    sizes = SHAPES[shape]
+    layers = [SparseLinear(*sizes[:2], True, blocksize, density)]
+    if shape == "LeNet":
+        layers = ticket_layers(density, blocksize)
+    sparse, dense, x = SparseSequential(*layers), dense_twin(layers), torch.rand(batch, sizes[0])
+    theirs = deepsparse(benchmark, dense, x, tmp_path)
+    with torch.inference_mode():
+        ours = 1 / relative_time(lambda: sparse(x), lambda: dense(x))
+    title = f"DeepSparse's time over ours: blocks {name_of(blocksize)}, density {density}"
+    tabulate(title, shape, ours / theirs, batch=batch)
+
+
+def dense_twin(layers):
+    """The same network of dense layers, in which activations are modules."""
+    modules = []
+    for layer in layers:
+        modules.append(layer.to_dense() if isinstance(layer, SparseLinear) else layer)
+        if getattr(layer, "activation", "none") == "relu":
+            modules.append(nn.ReLU())
+    return nn.Sequential(*modules)
 
 
 def training_step(layers, x):

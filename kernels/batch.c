@@ -213,13 +213,14 @@ static void forward_tile(void *arg, int64_t i, int worker)
         turn(f, &a, f->layers[f->n - 1].out, y);
 }
 
-/* The code of a layer, or NULL where there is none or it does not pay: a load of x is shared by too
-   few weights, or code for many weights is read for a small batch. */
+/* The code of a layer, or NULL where there is none or it does not pay: too few weights share a load
+   of x, or code for many weights is read for a small batch. */
 static const Code *find_code(const Kernels *k, const Layer *l, int64_t batch)
 {
-    const int64_t kept = kept_weights(l), least_batch = kept < 1 << 15 ? 16 : 64;
-    const int pays = !is_tall(l) && 33 * kept >= l->in * l->out && batch >= least_batch;
-    return k->code_of && l->program && pays ? k->code_of(l->program) : NULL;
+    enum { ONE_IN = 33, MANY = 1 << 20 };
+    const int64_t kept = kept_weights(l);
+    const int pays = ONE_IN * kept >= l->in * l->out && batch >= (kept < MANY ? 32 : 64);
+    return k->code_of && l->program && !is_tall(l) && pays ? k->code_of(l->program) : NULL;
 }
 
 /* Cuts the batch into tiles, of which `threads` run at a time, or one on all threads. What is no

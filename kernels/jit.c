@@ -26,6 +26,7 @@ enum {
     FEWER_INPUTS = 256,  /* ... and 32 panels of these, where more than LONG inputs */
     LONG = 2048,
     PIECE = 24000,       /* bytes of a piece, about */
+    FEW_WEIGHTS = 512,   /* of a piece: fewer do not pay for loading and storing y */
     LINE = 64,
     MOST_WEIGHTS = 1 << 29, /* their offsets in bytes fit in 32 bits */
 };
@@ -249,7 +250,9 @@ static Code *make_code(const struct Program *p)
     const int64_t weights = p->crow[ceil_div(p->out, p->R)] * p->R * p->C;
     const int64_t groups = ceil_div(p->out, GROUP);
     const int64_t bytes_of_input = 8 + ceil_div(10 * weights, groups * p->in); /* in a piece */
-    const int64_t most = min64(p->in > LONG ? FEWER_INPUTS : MOST_INPUTS, PIECE / bytes_of_input);
+    const int64_t enough = FEW_WEIGHTS * groups * p->in / max64(1, weights); /* inputs */
+    const int64_t cached = p->in > LONG ? FEWER_INPUTS : MOST_INPUTS;
+    const int64_t most = max64(1, min64(max64(cached, enough), PIECE / bytes_of_input));
     Code *c = weights > MOST_WEIGHTS ? NULL : calloc(1, sizeof *c);
     if (!c)
         return NULL;
@@ -300,24 +303,27 @@ static Bytes piece_at(const Code *c, int64_t block, int64_t group)
 }
 
 /* Groups begin .. end of a layer on panels: x (panels, in, 16) -> y (panels, out, 16), from panel to
-   panel ldx and ldy floats. */
+   panel ldx and ldy floats. Each panel asks for a part of the next piece. */
 static void run_code(const Code *c, const Layer *l, int64_t begin, int64_t end, const float *x,
                      int64_t ldx, float *y, int64_t ldy, int64_t panels)
 {
     static const float no_bias[GROUP];
     const float floor = l->relu ? 0 : -INFINITY;
-    const int64_t mine = end - begin;
-    for (int64_t n = 0; n < c->blocks * mine; n++) {
-        const int64_t b = n / mine, g = begin + n % mine;
-        const float *xs = x + b * c->inputs * PANEL, *bias = l->bias ? l->bias + g * GROUP : no_bias;
-        const Bytes code = piece_at(c, b, g), next = n + 1 < c->blocks * mine ? piece_at(c, (n + 1) / mine, begin + (n + 1) % mine) : (Bytes){0};
+    const int64_t groups = end - begin, pieces = c->blocks * groups;
+    Bytes now = piece_at(c, 0, begin), next = {0};
+    for (int64_t n = 0; n < pieces; n++, now = next) {
+        const int64_t g = begin + n % groups;
+        const float *bias = l->bias ? l->bias + g * GROUP : no_bias;
+        const float *from = x + n / groups * c->inputs * PANEL;
+        float *to = y + g * GROUP * PANEL;
+        Piece run;
+        memcpy(&run, &now.start, sizeof run);
+        next = n + 1 < pieces ? piece_at(c, (n + 1) / groups, begin + (n + 1) % groups) : (Bytes){0};
         const int64_t part = ceil_div(next.size, panels * LINE) * LINE;
-        Piece piece;
-        memcpy(&piece, &code.start, sizeof piece);
         for (int64_t m = 0; m < panels; m++) {
-            for (int64_t at = m * part; at < min64(next.size, (m + 1) * part); at += LINE)
-                __builtin_prefetch(next.start + at, 0, 2);
-            piece(xs + m * ldx, y + m * ldy + g * GROUP * PANEL, l->values, bias, &floor);
+            for (int64_t a = m * part; a < min64(next.size, (m + 1) * part); a += LINE)
+                __builtin_prefetch(next.start + a, 0, 2);
+            run(from + m * ldx, to + m * ldy, l->values, bias, &floor);
         }
     }
 }

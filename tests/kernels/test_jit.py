@@ -19,13 +19,16 @@ if linear_native.WHY_NO_CODE:
     pytest.skip(f"no machine code: {linear_native.WHY_NO_CODE}", allow_module_level=True)
 
 
-def code_bytes():
-    """What this process has mapped of memory that belongs to no file and may be executed."""
+def anonymous(permissions):
+    """How many bytes this process has mapped of no file, with these permissions."""
     with open("/proc/self/maps") as maps:
         lines = [line.split() for line in maps]
-    assert not any("w" in line[1] and "x" in line[1] for line in lines), "writable and executable"
-    ends = [line[0].split("-") for line in lines if "x" in line[1] and len(line) == 5]
+    ends = [line[0].split("-") for line in lines if line[1] == permissions and len(line) == 5]
     return sum(int(end, 16) - int(start, 16) for start, end in ends)
+
+
+def code_bytes():
+    return anonymous("r-xp")
 
 
 SHAPES = [  # out_features, in_features
@@ -83,7 +86,7 @@ def threads():
 
 
 def test_code_goes_with_the_pattern():
-    before = code_bytes()
+    before, writable = code_bytes(), anonymous("rwxp")
     layer, x = SparseLinear(300, 200, blocksize=(1, 1), density=0.2), torch.randn(80, 300)
     other = SparseLinear(300, 200, blocksize=(1, 1), density=0.3)
     with torch.inference_mode():
@@ -91,6 +94,7 @@ def test_code_goes_with_the_pattern():
         assert code_bytes() == before, "one row does not need it"
         layer(x)
         assert code_bytes() > before
+        assert anonymous("rwxp") == writable, "code that could be written to"
         layer.load_state_dict(other.state_dict())
         assert layer(x[:1]).isfinite().all()
         assert code_bytes() == before, "that of the old pattern is gone"
