@@ -24,7 +24,7 @@ TINY = ["--model", "lenet-15-5", *QUICK]
 
 @pytest.fixture(autouse=True)
 def _measure_in_no_time(monkeypatch):
-    monkeypatch.setattr(measure, "TURNS", 2)
+    monkeypatch.setattr(measure, "TURNS", 3)
     monkeypatch.setattr(measure, "benchmark", partial(measure.benchmark, rivals=("one call",)))
 
 
