@@ -81,6 +81,7 @@ def compare(tickets: Sequence[Ticket], sparse_path: Path, test: Split) -> dict:
     """
     summary, device = summarise(tickets, test), test.images.device
     dense, sparse = dense_network(tickets[0]).to(device), load_sparse(sparse_path).to(device)
+    summary["confusion"]["pruned"] = confusion(sparse, test)  # of int8, too
     fractions = tickets[0].rounds[-1]["test_accuracy"], evaluate(sparse, test)[1]
     sizes = len(safetensors.torch.save(dense.state_dict())), sparse_path.stat().st_size
     size = {"measure": "file size", "unit": "bytes", "dense": sizes[0], "pruned": sizes[1]}
