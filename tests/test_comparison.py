@@ -67,3 +67,9 @@ def test_runs_that_were_not_timed_are_compared_by_accuracy(tmp_path):
     assert conclusion(groups_of(runs)).endswith("and at batch 1 not timed.")
     write_comparison(tmp_path / "page.html", runs)
     assert "Accuracy against latency" not in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_blocks_that_are_exported_as_they_are_pruned_are_named_once():
+    sizes = ((16, 16), (1, 1))
+    runs = [make_run(blocksize=size, export_blocksize=size, prune_pc=0.5) for size in sizes]
+    assert [group.name for group in groups_of(runs)] == ["blocksize 16x16", "blocksize 1x1"]

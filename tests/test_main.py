@@ -24,7 +24,7 @@ TINY = ["--model", "lenet-15-5", *QUICK]
 
 @pytest.fixture(autouse=True)
 def _measure_in_no_time(monkeypatch):
-    monkeypatch.setattr(measure, "TURNS", 2)
+    monkeypatch.setattr(measure, "TURNS", 3)
     monkeypatch.setattr(measure, "benchmark", partial(measure.benchmark, rivals=("one call",)))
 
 
@@ -87,6 +87,7 @@ def test_a_run_that_did_not_end_has_no_report(tmp_path, capsys):
         [],
         ["--prune_pc", "0.2"],
         ["--export-sparse"],
+        ["--export-sparse", "--quantize", "int8"],
         ["--export-sparse", "8x8", "--model", "lenet-5", "--rewind_step", "500it", "--seed", "3"],
         ["--reinit", "--lr", "0.01", "--bs", "64", "--scope", "global", "--dataset", "digits"],
         ["--one-shot", "--prune_pc", "0.5", "--blocksize", "4x2", "--train-sparse", "off"],

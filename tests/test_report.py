@@ -283,12 +283,18 @@ def test_settings_are_escaped(tmp_path):
 
 
 def test_the_measured_summary_is_json_and_reports(tmp_path, monkeypatch):
-    asked = []
+    asked, spoilt = [], [1e-4]
 
     def quick(models, x, turns):
+        """A third of the turns is spoilt, so that single turns are of no use."""
         asked.append(turns)
-        dense = {"dense": Times((4e-4, 3e-4, 4e-4)), "dense, one call": Times((2e-4, 3e-4, 2e-4))}
-        pruned = {name: Times((1e-4, 1e-4, 1.1e-4)) for name in models if name != "dense"}
+        dense = {
+            "dense": Times((4e-4, 3e-4, 4e-4) * 9),
+            "dense, one call": Times((2e-4, 9e-4, 2e-4) * 9),
+        }
+        pruned = {
+            n: Times((1e-4, 1e-4, spoilt[0]) * 8 + (1.1e-4,) * 3) for n in models if n != "dense"
+        }
         return Benchmark(dense | pruned, "dense", {"compiled": "no compiler"})
 
     monkeypatch.setattr(measure, "benchmark", quick)
@@ -310,9 +316,10 @@ def test_the_measured_summary_is_json_and_reports(tmp_path, monkeypatch):
     assert "compiled was left out: no compiler." in page
 
     monkeypatch.setattr(measure, "load_of_others", lambda: [7.25, 2])
+    spoilt[0] = 9e-4
     busy = compare(run.tickets, tmp_path / "model", TEST)
-    assert asked == [101] * 3 + [303] * 3
-    assert busy["rows"][1]["gain_range"][0] < row["gain_range"][0]
+    assert asked == [101] * 3 + [297] * 3
+    assert busy["rows"][1]["gain_range"] == pytest.approx([2 / 1.1, 2])
     assert "busy, with a load of 7.2 on 2 cores" in page_of(tmp_path, replace(run, summary=busy))
 
 

@@ -48,10 +48,11 @@ def write_page(trainings: list[Training], folder: Path) -> Path:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     claims, sections = judge(trainings), []
     for name, (title, drawing) in FIGURES.items():
+        figure = drawing(trainings)
         for kind in ("png", "svg"):
-            write(folder / "figures" / f"{name}.{kind}", _render(drawing(trainings), kind))
+            write(folder / "figures" / f"{name}.{kind}", _render(figure, kind))
         shown = [claim for claim in claims if claim.figure == name]
-        sections.append({"title": title, "panels": _panels(drawing(trainings)), "claims": shown})
+        sections.append({"title": title, "panels": _panels(figure), "claims": shown})
     counts = [sum(claim.verdict == verdict for claim in claims) for verdict in TONES]
     held, failed, undecided, untested = counts
     untested += len(BEYOND)

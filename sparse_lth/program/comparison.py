@@ -87,6 +87,8 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     groups = {}
     for run in runs:
         settings = {**run.ticket.settings, "seed": None}
+        if settings["export_blocksize"] == settings["blocksize"]:
+            settings["export_blocksize"] = "in the same blocks"
         groups.setdefault(json.dumps(settings), (settings, []))[1].append(run)
     every = [settings for settings, _ in groups.values()]
     differing = [name for name in every[0] if any(s[name] != every[0][name] for s in every)]

@@ -85,8 +85,8 @@ def notes(summary: dict) -> list[str]:
     if summary.get("busy"):
         load, cores = summary["busy"]
         text.append(
-            f"The machine was busy, with a load of {load:.1f} on {cores} cores: three times as "
-            "many turns were measured, and a difference counts if 19 of 20 turns show it."
+            f"The machine was busy, with a load of {load:.1f} on {cores} cores: measured nine "
+            "times, and a difference counts if all nine show it."
         )
     layers = summary["layers"]
     stored, kept = (sum(layer.get(key, 0) for layer in layers) for key in ("stored", "kept"))
