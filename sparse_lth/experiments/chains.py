@@ -37,8 +37,8 @@ class Plan:
 
     levels: the rounds of the paper's ladder that are trained, by every chain, so that all that are
     compared were pruned as often. Validation comes every `every` steps; the test set is evaluated
-    every test_every, at the early stop and at the end, the training set at these two, and nothing
-    is chosen by either.
+    every test_every, a multiple of that, at the early stop and at the end, the training set at
+    these two, and nothing is chosen by either.
     """
 
     iterations: int = 5_000
