@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import main
 from sparse_lth import SparseConv2d, SparseLinear, Ticket, load_sparse
@@ -440,3 +441,25 @@ def test_one_shot_late_rewinding_is_in_the_ticket_and_goes_on_with_resume(tmp_pa
     assert (ticket.settings["one_shot"], ticket.settings["rewind_step"]) == (True, "1it")
     assert len(ticket.rounds) == 2
     assert _run("--resume", tmp_path) == 0
+
+
+def test_reinit_adds_a_control_to_each_round_and_finds_the_same_ticket(tmp_path, capsys):
+    assert _run(*TINY, "--out_dir", tmp_path / "alone") == 0
+    capsys.readouterr()
+    assert _run(*TINY, "--reinit", "--out_dir", tmp_path / "beside") == 0
+    said = capsys.readouterr().out
+    assert "reinit test accuracy" in said
+    alone, beside = (
+        Ticket.load(tmp_path / name / "ticket.safetensors") for name in ("alone", "beside")
+    )
+    for group in ("init", "masks", "trained"):
+        for name, tensor in getattr(alone, group).items():
+            assert torch.equal(tensor, getattr(beside, group)[name]), (group, name)
+    assert len(beside.rounds) == len(alone.rounds)
+    for n, (a, b) in enumerate(zip(alone.rounds, beside.rounds, strict=True)):
+        assert a == {name: value for name, value in b.items() if not name.startswith("reinit")}
+        assert ("reinit_test_accuracy" in b) == (n > 0)
+    lines = (tmp_path / "beside" / "metrics.jsonl").read_text().splitlines()
+    controls = [record for record in map(json.loads, lines) if record.get("control")]
+    assert {record["control"] for record in controls} == {"reinit"}
+    assert controls[-1]["test_accuracy"] == beside.rounds[-1]["reinit_test_accuracy"]
