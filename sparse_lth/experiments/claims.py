@@ -37,10 +37,10 @@ class Pair:
     second: Network
     kind: str = MORE
 
-    def bounds(self, value: float) -> tuple[float, float]:
-        """Of the difference, where the second network has this value."""
-        margin = self.measure.margin(value)
-        return {MORE: (0, inf), NO_LESS: (-margin, inf), LIKE: (-margin, margin)}[self.kind]
+
+def bounds(kind: str, margin: float) -> tuple[float, float]:
+    """Of the difference between the first network and the second, where the claim is true."""
+    return {MORE: (0, inf), NO_LESS: (-margin, inf), LIKE: (-margin, margin)}[kind]
 
 
 PAIRS = (

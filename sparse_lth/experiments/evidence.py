@@ -23,8 +23,8 @@ class Evidence:
     inside: bool
 
 
-def weigh(differences: Sequence[float], low: float = -np.inf, high: float = np.inf) -> Evidence:
-    """Of the claim that the mean difference is between these bounds.
+def weigh(differences: Sequence[float], low: float, high: float) -> Evidence:
+    """Of the claim that the mean difference is between these bounds, one of which is finite.
 
     The claim needs both one-sided tests, its opposite either of them (so that is counted twice);
     p is that of the likelier, doubled for having looked at both. Differences that are equal but for
@@ -32,13 +32,17 @@ def weigh(differences: Sequence[float], low: float = -np.inf, high: float = np.i
     """
     mean = float(np.mean(differences))
     bounds = [(b, side) for b, side in ((low, "greater"), (high, "less")) if np.isfinite(b)]
-    if len(differences) < 2 or np.ptp(differences) < 1e-9:
-        return Evidence(mean, (mean, mean), 1.0, low < mean < high)
+    if np.ptp(differences) < 1e-9:
+        return Evidence(mean, (mean, mean), 1.0, False)
     within = [float(ttest_1samp(differences, b, alternative=side).pvalue) for b, side in bounds]
     holds, fails = max(within), len(within) * min(1 - p for p in within)
-    interval = ttest_1samp(differences, 0).confidence_interval(0.95)
-    interval = (float(interval.low), float(interval.high))
-    return Evidence(mean, interval, min(1.0, 2 * min(holds, fails)), holds < fails)
+    return Evidence(mean, interval(differences), min(1.0, 2 * min(holds, fails)), holds < fails)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean is in it with 95 % confidence, by Student's t; NaN for a single value."""
+    found = ttest_1samp(values, 0).confidence_interval(0.95)
+    return float(found.low), float(found.high)
 
 
 def decide(family: Sequence[Evidence]) -> list[tuple[float, str]]:

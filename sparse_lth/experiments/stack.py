@@ -171,7 +171,7 @@ class _Training:
     @torch.no_grad()
     def _after(self, step: int) -> None:
         """What is due after so many steps: rewind points, beginnings, an evaluation."""
-        if any(lottery.rewind_step == step for lottery in self.lotteries):
+        if step and any(lottery.rewind_step == step for lottery in self.lotteries):
             self.marked[step] = _on_cpu(self.parameters)
         begins = [group for group in self.groups if group[0] == step]
         for _, rows, parts in begins:
@@ -266,9 +266,7 @@ def _stack(networks: Sequence[Tensors], device: torch.device) -> Stack:
     """
     stacked = {}
     for name in networks[0]:
-        tensors = [
-            network[name].mT if network[name].dim() == 2 else network[name] for network in networks
-        ]
+        tensors = [_turned(network[name]) for network in networks]
         shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
         stacked[name] = torch.zeros(len(tensors), *shape, dtype=tensors[0].dtype)
         for n, tensor in enumerate(tensors):
@@ -281,12 +279,14 @@ def _network(stack: Stack, n: int, like: Tensors) -> Tensors:
     """The n-th network of a stack on the CPU, as it was before it was stacked."""
     network = {}
     for name, tensor in like.items():
-        part = stack[name][n]
-        part = part.mT if tensor.dim() == 2 else part
-        network[name] = part[tuple(map(slice, tensor.shape))].clone(
-            memory_format=torch.contiguous_format
-        )
+        part = _turned(stack[name][n])[tuple(map(slice, tensor.shape))]
+        network[name] = part.clone(memory_format=torch.contiguous_format)
     return network
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """A weight transposed; a bias as it is."""
+    return tensor.mT if tensor.dim() == 2 else tensor
 
 
 def _on_cpu(stack: Stack) -> Stack:

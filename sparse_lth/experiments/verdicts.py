@@ -8,10 +8,10 @@ from itertools import product
 from statistics import mean
 
 from .chains import TICKET
-from .claims import MORE, PAIRS, Pair
+from .claims import MORE, PAIRS, bounds
 from .evidence import FAILS, FEWEST, UNDECIDED, UNTESTED, Evidence, decide, weigh
 from .figures import dense_networks
-from .measures import EARLY_ACCURACY, is_censored
+from .measures import EARLY_ACCURACY, Measure, is_censored
 from .results import Training, select
 
 
@@ -33,7 +33,7 @@ def judge(trainings: list[Training]) -> list[Claim]:
     found = []
     for pair in PAIRS:
         networks = [find(trainings, *network) for network in (pair.first, pair.second)]
-        found.append((pair.figure, pair.text, *compare(pair, *networks)))
+        found.append((pair.figure, pair.text, *compare(pair.measure, *networks, pair.kind)))
     for blocksize, round in product(("1x1", "16x1", "16x4", "16x16"), (7, 15)):
         network = find(trainings, TICKET, round, blocksize)
         if network and network[0][-1]["latency_us"]:
@@ -61,15 +61,17 @@ def find(
     return same[0] if same else []
 
 
-def compare(pair: Pair, first: list[Training], second: list[Training]) -> Judged:
-    """The claim of the pair, by the replicates that both networks have."""
+def compare(
+    measure: Measure, first: list[Training], second: list[Training], kind: str = MORE
+) -> Judged:
+    """Whether the first network has more, no less, or as much, by the seeds that both have."""
     both = [(a, b) for a in first for b in second if a[0]["replicate"] == b[0]["replicate"]]
     if not both:
         return "not run", UNTESTED
-    measure = pair.measure
     values = [[measure.of(training) for training in network] for network in zip(*both, strict=True)]
     means = [mean(v) for v in values]
-    evidence = weigh([a - b for a, b in zip(*values, strict=True)], *pair.bounds(means[1]))
+    margin = measure.margin(means[1])
+    evidence = weigh([a - b for a, b in zip(*values, strict=True)], *bounds(kind, margin))
     words = " against ".join(
         f"{measure.value.format(value)} ({network['prunings']:.0f} prunings)"
         for value, network in zip(means, (first[0][0], second[0][0]), strict=True)
@@ -79,8 +81,8 @@ def compare(pair: Pair, first: list[Training], second: list[Training]) -> Judged
         for d in (evidence.interval[0], evidence.mean, evidence.interval[1])
     )
     words += f": {mid} (95 %: {low.partition(' ')[0]} to {high.partition(' ')[0]})"
-    if pair.kind != MORE:
-        words += f", {measure.difference.format(measure.margin(means[1])).lstrip('+')} being little"
+    if kind != MORE:
+        words += f", {measure.difference.format(margin).lstrip('+')} being little"
     if len(both) < FEWEST:
         return f"{words}, of {len(both)} seeds where {FEWEST} are needed", UNDECIDED
     censored = sum(map(is_censored, (training for network in both for training in network)))
@@ -103,7 +105,6 @@ def _against_dense(network: list[Training], trainings: list[Training]) -> Judged
     if not rivals:
         return f"{words}; no dense network that was trained is as fast", UNTESTED
     best = max(rivals, key=lambda rival: mean(map(EARLY_ACCURACY.of, rival)))
-    pair = Pair("latency", "", EARLY_ACCURACY, (TICKET, 0), ("dense", 0))
-    measured, judged = compare(pair, network, best)
+    measured, judged = compare(EARLY_ACCURACY, network, best)
     rival = best[0][-1]
     return f"{words}; {rival['model']} at {rival['latency_us']:.1f} µs: {measured}", judged

@@ -30,7 +30,7 @@ def print_tables(console: Console, run: Run) -> None:
     header, *rows = _comparison(run.summary)
     print_table(console, "Dense against pruned", header, rows, _tones(run.summary))
     about = context(run.summary, run.config.dataset)
-    for line in (about, *notes(run.summary), headline(run.summary)):
+    for line in (about, run.ticket.rewound, *notes(run.summary), headline(run.summary)):
         console.print(Text(line), highlight=False, soft_wrap=True)
 
 
@@ -70,7 +70,7 @@ def write_page(path: Path, run: Run) -> None:
         header=header,
         rows=rows,
         tones=_tones(summary),
-        notes=notes(summary),
+        notes=[run.ticket.rewound, *notes(summary)],
         bars=pictures.bars(summary),
         latency=pictures.latency_chart(run) if "latency" in summary else None,
         accuracy=pictures.accuracy_chart(run),

@@ -98,9 +98,28 @@ def test_a_broken_file_of_tiles_is_left_aside(text):
         assert tiles.tuned("H200") == {}
 
 
-@pytest.mark.parametrize(("programs", "steps", "parts"), [(1000, 100, 1), (8, 100, 8), (8, 9, 2)])
+@pytest.mark.parametrize(
+    ("programs", "steps", "parts"), [(1000, 100, 1), (8, 100, 8), (8, 9, 2), (1, 15, 2)]
+)
 def test_splits(programs, steps, parts):
     assert tiles.splits(programs, steps, H200) == parts
+
+
+def test_a_tile_is_of_powers_of_two():
+    for tile in (*tiles.TABLE.values(), tiles.HIGH, tiles.LOW):
+        assert all(size & (size - 1) == 0 for size in tile[:4]), tile
+
+
+@pytest.mark.parametrize(
+    ("height", "block_n"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (128, 128), (500, 128)]
+)
+def test_a_tile_is_as_wide_as_the_block_or_the_next_power_of_two(height, block_n):
+    assert tiles.fit(tiles.HIGH, _case(height=height), H200).block_n == block_n
+
+
+def test_only_linear_sums_single_rows():
+    assert tiles.of_case(_case(batch=1), H200).block_m == 1
+    assert tiles.of_case(_case(op="grad_input", batch=1), H200).block_m == 16
 
 
 def test_a_small_layer_takes_a_smaller_tile():
