@@ -56,19 +56,19 @@ def plot(results: dict[int, Benchmark], shape, blocksizes, densities, path: Path
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(results), 3.6), layout="constrained")
-    for n, (batch, found) in enumerate(results.items()):
-        axes = figure.add_subplot(1, len(results), n + 1)
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, (batch, found) in zip(panels, results.items(), strict=True):
         for blocksize in blocksizes:
             speedups = [found.speedup(name_of(blocksize, d)).p50 for d in densities]
             axes.plot(densities, speedups, "o-", label=f"{blocksize[0]}x{blocksize[1]}")
         axes.axhline(1, color="0.5", linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="density", title=f"batch {batch}")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
-        axes.set_xticks(densities)
-    figure.axes[0].set_ylabel(f"speedup over the best dense {shape[0]}x{shape[1]}")
-    figure.axes[0].legend(fontsize="small")
+        axes.xaxis.set_minor_formatter("")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_xticks(densities, [f"{density:.0%}" for density in densities])
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].set_ylabel(f"speedup over the best dense {shape[0]}x{shape[1]}")
+    panels[0].legend(fontsize="small")
     figure.savefig(path)
 
 
