@@ -111,7 +111,7 @@ def loss_charts(run: Run) -> list[Chart]:
     shown = [ticket.rounds[-1]["round"] for ticket in run.tickets]
     kinds = {"train_loss": "training loss", "validation_loss": "validation loss"}
     y = logarithmic("", [max(record[kind], 1e-9) for record in run.history for kind in kinds])
-    epochs = max(2, run.config.epochs)
+    epochs = max(2, *(record["epoch"] for record in run.history))
     x = Axis("epoch of the round", 1, epochs, [*range(1, epochs + 1, -(-epochs // 8))])
     charts = []
     for kind, label in kinds.items():
