@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.bench_cpu import name_of, needs_native
-from sparse_lth import sparsify_
+from sparse_lth import quantize_, sparsify_
 from sparse_lth.masks import expand, keep_highest
 from sparse_lth.timing import in_turn
 
@@ -124,18 +124,23 @@ def test_dense(benchmark, tabulate, tmp_path, network, batch, peer):
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES, ids=name_of)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_sparse(benchmark, tabulate, network, batch, blocksize):
+def test_sparse(benchmark, tabulate, network, batch, blocksize, dtype):
     model, x = pruned(network, blocksize), input_of(network, batch)
-    sparse = sparsify_(copy.deepcopy(model), blocksize, is_pruned)
+    sparse, inputs = sparsify_(copy.deepcopy(model), blocksize, is_pruned), x
+    if dtype == "bfloat16":
+        sparse, inputs = sparse.to(torch.bfloat16), x.to(torch.bfloat16)
+    elif dtype == "int8":
+        quantize_(sparse)
     with torch.inference_mode():
         expected = model(x)
-    row = f"sparse_lth {name_of(blocksize)}"
+    row = f"sparse_lth {name_of(blocksize)} {dtype}"
     compare(
-        *(benchmark, tabulate, network, batch, row, "float32"),
-        lambda: sparse(x),
+        *(benchmark, tabulate, network, batch, row, dtype),
+        lambda: sparse(inputs),
         lambda: model(x),
         expected,
     )

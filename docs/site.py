@@ -1,4 +1,4 @@
-"""What `mkdocs build` needs beside the pages: those that lie outside docs/, and lists in docstrings.
+"""What `mkdocs build` needs beside the pages: those outside docs/, and lists in docstrings.
 
 On GitHub a link leads from file to file of the repository. On the site the same file tree is kept,
 with docs/ as its root, so a link into docs/ loses that part, and a link to a file that is no page

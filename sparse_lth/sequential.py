@@ -18,6 +18,7 @@ class Prepared(NamedTuple):
 
     modules: list[nn.Module]
     start: int  # where the chain begins
+    flattens: bool  # whether with a Flatten, which is no part of its call
     chain: Chain | None
     plain: list[tuple[dict, dict, dict]]  # `_ways` of the chain's modules
     watched: list[tuple[dict, str, object]]  # what else says what a module computes
@@ -62,8 +63,9 @@ class SparseSequential(nn.Sequential):
             self._prepared = prepared = _prepare(modules)
         if prepared.chain is None:
             return _run(modules, x)
-        x = _run(modules[: prepared.start], x)
-        if isinstance(modules[prepared.start], nn.Flatten):
+        if prepared.start:
+            x = _run(modules[: prepared.start], x)
+        if prepared.flattens:
             x = x.flatten(1)
         return prepared.chain(x)
 
@@ -120,7 +122,8 @@ def _prepare(modules: list[nn.Module]) -> Prepared:
     one_type = len({layer.values.dtype for layer in layers}) == 1
     chain = Chain(layers) if one_type and len(layers) <= Chain.MAX_LAYERS else None
     plain = [_ways(module) for module in modules[start:]]
-    return Prepared(modules, start, chain, plain, watched, sparse, dense)
+    flattens = chain is not None and isinstance(modules[start], nn.Flatten)
+    return Prepared(modules, start, flattens, chain, plain, watched, sparse, dense)
 
 
 class Part(NamedTuple):
