@@ -18,7 +18,7 @@ class Measure:
     of: Callable[[Training], float]
     value: str
     difference: str
-    early: bool = False
+    early: bool
 
     def margin(self, value: float) -> float:
         """The difference from this value that is little."""
