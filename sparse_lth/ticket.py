@@ -20,10 +20,12 @@ ABOUT = ("rounds", "dense", "settings")  # what a file says of its tensors
 
 @dataclass(frozen=True, repr=False)
 class Ticket:
-    """A winning ticket: masks with the rewind weights θ₀ they apply to, and what they trained to.
+    """A winning ticket: masks with the weights that their training began from, and what they
+    trained to.
 
-    init, trained: the model's parameters and buffers by name, on the CPU; init is θ_k after late
-        rewinding; trained is exactly 0 where pruned
+    init, trained: the model's parameters and buffers by name, on the CPU. init is θ₀ or, after late
+        rewinding, θ_k; where nothing was rewound it is what the round before the last trained to.
+        trained is exactly 0 where pruned
     masks: bool by layer name, True = kept, of the layers that may be pruned
     dense: why, by name, other linear and convolutional layers stayed dense
     rounds: a record of each round, 0 being dense: round, density, and what was measured
@@ -50,10 +52,26 @@ class Ticket:
         """Kept / all, of the weights that may be pruned."""
         return masking.density(self.masks)
 
+    @property
+    def rewound(self) -> str:
+        """What was rewound between the rounds and what was not: what `init` is, in words."""
+        rewind, lasso = self.settings.get("rewind"), self.settings.get("block_lasso")
+        if rewind == "weights":
+            text = (
+                "Nothing was rewound: each round went on from the weights that the round before "
+                "had trained."
+            )
+        else:
+            moment = "when round 0 began" if rewind in ("init", None) else f"at {rewind} of round 0"
+            text = f"Rewound before each round: every weight and bias, to what it was {moment}."
+        if lasso:
+            text += f" A group lasso of {lasso} shrank whole blocks in every round but the last."
+        return text
+
     def apply_(self, model: nn.Module, weights: str = "init") -> nn.Module:
         """Puts the ticket on a fresh model of the same class and returns it, ready to train.
 
-        weights: "init", what the search rewound to, or "trained". The masks are those of
+        weights: "init", what the last round began from, or "trained". The masks are those of
         `torch.nn.utils.prune`. Raises ValueError, and leaves the model as it is, where it differs.
         """
         if weights not in ("init", "trained"):

@@ -159,4 +159,5 @@ def write_(model: nn.Module, tensors: Tensors, masks: Masks) -> None:
     for layer in layers.values():
         weight = layer._parameters.get("weight")
         if weight in by_weight:
+            weight.masked_fill_(~by_weight[weight].to(weight.device), 0)  # no norm counts them
             prune.custom_from_mask(layer, "weight", by_weight[weight].to(weight.device))

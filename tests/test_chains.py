@@ -31,7 +31,7 @@ from sparse_lth.saving import load_sparse
 from sparse_lth.weights import masked, weight_name
 
 ROOT = Path(__file__).parent.parent
-PLAN = Plan(60, every=20, test_every=40, rewind_step="20it", dataset="digits")
+PLAN = Plan(60, every=20, test_every=40, rewind="20it", dataset="digits")
 CHAINS = [
     Chain(TICKET, 0, (3, 15), controls=("random reinit", "random mask")),
     Chain("one-shot", 1, (7, 15)),

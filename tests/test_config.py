@@ -42,7 +42,9 @@ WRONG = {
     "reinit": [0, 1, [True], "yes", None],
     "model": [[], {}, 3, "vgg"],
     "device": ["cuda:7", "tpu", None],
-    "rewind_step": ["1", "1epoch", "-1it", "9" * 5000 + "it", 3],
+    "rewind": ["1", "1epoch", "-1it", "9" * 5000 + "it", 3],
+    "block_lasso": [-1.0, float("nan"), "1", True, None],
+    "last_lr": ["falling", None],
     "data_dir": ["a\0b", "\udcff", 3],
     "blocksize": [[16], [16, 16, 16], [16.0, 16], [True, 1], [10**30, 1], [0, 1], 16, None],
     "export_blocksize": [[999, 999], [300, 784], [100000, 2], [1, 785], [0, 1], [4]],
@@ -73,11 +75,24 @@ def test_one_pruned_block_in_global_scope_is_enough_and_one_left_too():
 
 @pytest.mark.parametrize("steps", ["0it", "10it"])
 def test_a_rewind_step_within_the_round_is_accepted(steps):
-    RunConfig(dataset="digits", epochs=1, rewind_step=steps).expect_rewind_step_within(1350)
+    RunConfig(dataset="digits", epochs=1, rewind=steps).rewind_step(1350)
 
 
 @pytest.mark.parametrize("steps", ["11it", "1ep", "2ep"])
 def test_a_rewind_step_beyond_the_round_is_refused(steps):
-    config = RunConfig(dataset="digits", epochs=1, rewind_step=steps)
-    with pytest.raises(SettingError, match=r"rewind_step: .* before the end of a round, 11 st"):
-        config.expect_rewind_step_within(1350)
+    config = RunConfig(dataset="digits", epochs=1, rewind=steps)
+    with pytest.raises(SettingError, match=r"rewind: .* before the end of a round, 11 st"):
+        config.rewind_step(1350)
+
+
+@pytest.mark.parametrize(
+    ("images", "bs", "steps", "every"),
+    [(55_000, 128, 8 * 430, 430), (1350, 128, 182 * 11, 23 * 11), (10, 128, 2000, 250)],
+)
+def test_a_round_whose_length_is_not_given_has_2000_steps_at_least(images, bs, steps, every):
+    config = RunConfig(bs=bs)
+    assert (config.steps(images), config.steps_between(images)) == (steps, every)
+    per_epoch = config.per_epoch(images)
+    three = RunConfig(bs=bs, epochs=3)
+    assert (three.steps(images), three.steps_between(images)) == (3 * per_epoch, per_epoch)
+    assert RunConfig(iterations=7, every=2).steps(images) == 7

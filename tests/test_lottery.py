@@ -9,12 +9,13 @@ from torch.nn.utils import prune
 
 from sparse_lth.files import FormatError, load_tensors, save_tensors
 from sparse_lth.kernels import backends, use_backend
-from sparse_lth.program.config import RunConfig
+from sparse_lth.lasso import BlockLasso
+from sparse_lth.program.config import RunConfig, SettingError
 from sparse_lth.program.data import Split, batches
 from sparse_lth.program.lottery import Lottery, State, search_from, trains_sparse
 from sparse_lth.program.models import MODELS, Model
 from sparse_lth.program.tickets import dense_network, load_ticket, make_ticket
-from sparse_lth.program.training import TrainingError, make_step
+from sparse_lth.program.training import TrainingError, make_step, set_lr
 from sparse_lth.weights import read, snapshot, write_
 
 CONFIG = RunConfig(dataset="digits", epochs=2, bs=50, prune_pc=0.8, prune_rounds=2)
@@ -76,14 +77,18 @@ def test_same_seed_same_ticket_other_seed_another(tiny):
     assert not _same(_last(search(CONFIG, tiny)), _last(search(replace(CONFIG, seed=1), tiny)))
 
 
+LASSO = replace(CONFIG, blocksize=(8, 3), rewind="weights", block_lasso=0.1, last_lr="linear")
+
 # evaluated six times or more: after epochs, and in the midst of them, before and after step k
 RESUMED = {
     "epochs": CONFIG,
-    "late": replace(CONFIG, rewind_step="3it"),
-    "steps": replace(CONFIG, rewind_step="3it", iterations=6, every=2, bs=60),
+    "late": replace(CONFIG, rewind="3it"),
+    "steps": replace(CONFIG, rewind="3it", iterations=6, every=2, bs=60),
     "reinit": replace(CONFIG, reinit=True),
     "sparse": replace(CONFIG, train_sparse="on", blocksize=(8, 3)),
     "masks": replace(CONFIG, train_sparse="off"),
+    "lasso": replace(LASSO, train_sparse="off"),
+    "sparse lasso": replace(LASSO, train_sparse="on"),
 }
 
 
@@ -118,6 +123,46 @@ def test_sparse_layers_train_as_masks_do(tiny, blocksize):
         assert ((a - b).abs() > 1e-2 * config.lr).float().mean() < 1e-3, name
 
 
+def test_without_rewinding_a_round_goes_on_and_its_start_is_the_init_of_the_ticket(tiny):
+    *_, trained = (s for s in search(LASSO, tiny) if s.round == 1)
+    state = _next_round(tiny, LASSO, trained)
+    assert (state.step, state.optimizer) == (0, {})
+    for name, value in trained.weights.items():
+        layer = name.removesuffix(".weight")
+        kept = torch.where(state.masks[layer], value, 0) if layer in state.masks else value
+        assert torch.equal(state.init[name], value)
+        assert torch.equal(state.weights[name], kept)
+    ticket = make_ticket(_last(search(LASSO, tiny)))
+    assert "Nothing was rewound" in ticket.rewound
+    assert torch.equal(ticket.init["fc1.weight"], trained.weights["fc1.weight"])
+
+
+@pytest.mark.parametrize("train_sparse", ["on", "off"])
+def test_the_lasso_shrinks_blocks_in_every_round_but_the_last(tiny, train_sparse):
+    # Adam moves next to nothing at this rate, and a block loses 8 steps of lr * strength * sqrt(24)
+    config = replace(LASSO, train_sparse=train_sparse, lr=1e-9, block_lasso=1e6)
+    for state in search(config, tiny):
+        if state.step == 8:
+            mask, name = state.masks["fc1"], "fc1.weight"
+            before, after = state.init[name][mask], state.weights[name][mask]
+            if state.round < 2:
+                assert after.norm() < 0.9 * before.norm()
+            else:
+                torch.testing.assert_close(after, before, rtol=0, atol=1e-8)
+
+
+def test_the_learning_rate_of_the_last_round_falls_to_0(tiny):
+    config = replace(CONFIG, prune_rounds=1, bs=200, epochs=4)  # a step an epoch
+    constant, falling = (
+        [s.weights["fc1.bias"].clone() for s in search(replace(config, last_lr=how), tiny)]
+        for how in ("constant", "linear")
+    )
+    assert all(torch.equal(constant[n], falling[n]) for n in range(5))  # the first step at lr
+    assert not torch.equal(constant[5], falling[5])
+    # a fourth step of Adam moves by lr * sqrt(4) at most, and here by a quarter of that
+    assert 0 < (falling[7] - falling[6]).abs().max() <= config.lr / 2
+
+
 def test_auto_is_a_rule_on_density_blocksize_and_backend():
     kept = torch.zeros(32, 32, dtype=torch.bool)
     kept[:16] = True
@@ -141,8 +186,8 @@ def test_steps_are_the_same_however_often_they_are_evaluated(tiny):
 
 
 def test_late_rewinding_goes_back_to_the_weights_of_step_k_bit_for_bit(tiny):
-    config = replace(CONFIG, bs=60, rewind_step="1ep")  # four steps
-    at_k = _last(_first_round(replace(config, rewind_step="0it", iterations=4), tiny))
+    config = replace(CONFIG, bs=60, rewind="1ep")  # four steps
+    at_k = _last(_first_round(replace(config, rewind="init", iterations=4), tiny))
     expected = {name: w.clone() for name, w in at_k.weights.items()}
     rewound = _next_round(tiny, config, _last(_first_round(config, tiny)))
     assert not torch.equal(rewound.weights["fc1.bias"], torch.zeros(300))
@@ -155,7 +200,7 @@ def test_late_rewinding_goes_back_to_the_weights_of_step_k_bit_for_bit(tiny):
 
 def test_late_rewinding_trains_from_step_k_to_the_end(tiny):
     """As many steps as are left of the dense network's (arXiv 1912.05671), and the same batches."""
-    config = replace(CONFIG, bs=60, rewind_step="6it", epochs=3)  # four batches an epoch
+    config = replace(CONFIG, bs=60, rewind="6it", epochs=3)  # four batches an epoch
     steps = [(s.round, s.epoch, s.step) for s in search(config, tiny)]
     assert steps == [(0, 1, 4), (0, 2, 8), (0, 3, 12), (1, 2, 8), (1, 3, 12), (2, 2, 8), (2, 3, 12)]
     rewound = _next_round(tiny, config, _last(_first_round(config, tiny)))
@@ -167,9 +212,9 @@ def test_late_rewinding_trains_from_step_k_to_the_end(tiny):
 
 @pytest.mark.parametrize("k", [8, 9])
 def test_a_rewind_step_that_leaves_nothing_to_train_is_refused(tiny, k):
-    message = f"before the end of a round, 8 steps, got {k}it, which is step {k}"
-    with pytest.raises(TrainingError, match=message):
-        list(search(replace(CONFIG, rewind_step=f"{k}it"), tiny))
+    message = f"rewind: expected a step before the end of a round, 8 steps, got {k}it"
+    with pytest.raises(SettingError, match=message):
+        list(search(replace(CONFIG, rewind=f"{k}it"), tiny))
 
 
 def test_reinit_trains_the_masks_of_each_ticket_over_other_weights(tiny):
@@ -211,7 +256,8 @@ def test_one_shot_reaches_the_density_of_all_rounds_in_one(tiny):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_graphed_step_is_the_eager_step(tiny):
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_a_graphed_step_is_the_eager_step(tiny, strength):
     split = Split(tiny.train.images.cuda(), tiny.train.labels.cuda())
     masks = {n: torch.rand(s) < 0.3 for n, s in (("fc1", (300, 784)), ("fc2", (100, 300)))}
     masks["fc3"] = torch.ones(10, 100, dtype=torch.bool)  # not masked at all
@@ -219,10 +265,13 @@ def test_a_graphed_step_is_the_eager_step(tiny):
     for graphed in (False, True):
         model = MODELS["lenet-300-100"].new(torch.Generator().manual_seed(0)).cuda()
         write_(model, {}, masks)
-        optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=True)
+        lr = torch.tensor(1e-3, device="cuda")
+        optimizer = torch.optim.Adam(model.parameters(), lr, fused=True, capturable=True)
+        optimizer.register_step_post_hook(BlockLasso(model, masks, (16, 16), strength))
         step = make_step(model, optimizer, split)
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):
+            set_lr(optimizer, float(lr) / 2)
             for chosen in batches(split, 60, generator):  # of 60 and, last, of 20
                 (step if graphed else step.step)(chosen)
         weights.append(read(model))

@@ -42,6 +42,9 @@ def test_the_whole_path(tmp_path, capsys):
     assert out.splitlines()[0].startswith("lenet-300-100 on digits: ")
     ticket = Ticket.load(run_dir / "ticket.safetensors")
     assert ticket.settings["blocksize"] == [16, 16]
+    assert "Nothing was rewound" in ticket.rewound
+    for text in (out, (run_dir / "report.html").read_text("utf-8")):
+        assert ticket.rewound in text
     assert ticket.density == pytest.approx(0.1, abs=0.005)
     assert load_sparse(run_dir / "sparse_model.safetensors")
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -159,12 +162,14 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
         (["--blocksize", "16"], "expected RxC, as in 16x16, got 16"),
         (["--export-sparse", "0x1"], "export_blocksize: expected two sizes"),
         (
-            ["--rewind_step", "5"],
-            "rewind_step: expected steps or epochs, as in 500it or 1ep, got 5",
+            ["--rewind", "5"],
+            "rewind: expected init, weights, or a step of round 0, as in 500it or 1ep, got 5",
         ),
-        (["--reinit", "--rewind_step", "1ep"], "reinit: expected no rewind_step beside it, got"),
-        (["--rewind_step", "99999it"], "rewind_step: expected a step before the end of a round"),
-        (["--rewind_step", "8ep"], "rewind_step: expected a step before the end of a round"),
+        (["--reinit", "--rewind", "1ep"], "reinit: expected rewind init beside it, got"),
+        (["--block-lasso", "-1"], "block_lasso: expected a finite number of at least 0, got -1"),
+        (["--block_lasso", "inf"], "block_lasso: expected a finite number of at least 0, got inf"),
+        (["--rewind", "99999it"], "rewind: expected a step before the end of a round"),
+        (["--rewind", "8ep"], "rewind: expected a step before the end of a round"),
         (["--export-sparse", "999x999"], "blocks smaller than a layer, the largest of which is"),
         (["--export-sparse", "100000x100000"], "export_blocksize: expected blocks smaller than"),
         (["--prune_pc", "1e-30"], "prune_pc: expected to prune at least one weight"),
@@ -288,12 +293,9 @@ def test_a_rewind_step_that_only_the_data_show_to_be_late_leaves_no_folder(
     flags = ["--dataset", "auto", "--data_dir", tmp_path / "data", "--epochs", "1", "--bs", "100"]
     monkeypatch.setattr(data, "_provide", no_mnist)
     with pytest.raises(SystemExit) as exit:
-        _run(*flags, "--rewind_step", "15it", "--out_dir", tmp_path / "run")
+        _run(*flags, "--rewind", "15it", "--out_dir", tmp_path / "run")
     assert exit.value.code == 2
-    assert (
-        "rewind_step: expected a step before the end of a round, 14 steps"
-        in capsys.readouterr().err
-    )
+    assert "rewind: expected a step before the end of a round, 14 steps" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -434,11 +436,11 @@ def test_help_needs_none_of_the_slow_libraries():
 
 
 def test_one_shot_late_rewinding_is_in_the_ticket_and_goes_on_with_resume(tmp_path, capsys):
-    flags = ["--one-shot", "--rewind-step", "1it", "--prune_pc", "0.8", "--prune_rounds", "3"]
+    flags = ["--one-shot", "--rewind", "1it", "--prune_pc", "0.8", "--prune_rounds", "3"]
     assert _run(*QUICK, *flags, "--out_dir", tmp_path) == 0
     assert "in one shot" in capsys.readouterr().out.splitlines()[0]
     ticket = Ticket.load(tmp_path / "ticket.safetensors")
-    assert (ticket.settings["one_shot"], ticket.settings["rewind_step"]) == (True, "1it")
+    assert (ticket.settings["one_shot"], ticket.settings["rewind"]) == (True, "1it")
     assert len(ticket.rounds) == 2
     assert _run("--resume", tmp_path) == 0
 
@@ -463,3 +465,20 @@ def test_reinit_adds_a_control_to_each_round_and_finds_the_same_ticket(tmp_path,
     controls = [record for record in map(json.loads, lines) if record.get("control")]
     assert {record["control"] for record in controls} == {"reinit"}
     assert controls[-1]["test_accuracy"] == beside.rounds[-1]["reinit_test_accuracy"]
+
+
+def test_exported_blocks_come_by_the_recipe_unless_they_rewind():
+    recipe = {"rewind": "weights", "block_lasso": 0.05, "last_lr": "linear"}
+    plain = {"rewind": "init", "block_lasso": 0.0, "last_lr": "constant"}
+    export = {"export_blocksize": None}
+    for flags, expected in (
+        (export, recipe),
+        ({**export, "block_lasso": 0.5}, recipe | {"block_lasso": 0.5}),
+        ({**export, "rewind": "init"}, plain),
+        ({**export, "rewind": "9it"}, plain | {"rewind": "9it"}),
+        ({**export, "reinit": True}, plain),
+        ({**export, "model": "lenet-5"}, plain),
+        ({"blocksize": (16, 16)}, plain),
+    ):
+        config = new_config(flags)
+        assert {name: getattr(config, name) for name in recipe} == expected

@@ -136,7 +136,7 @@ def test_every_rule_of_the_search(
     total = sum(mask.numel() for mask in ticket.masks.values())
     block = blocksize[0] * blocksize[1]
     assert abs(sum(int(m.sum()) for m in ticket.masks.values()) - density * total) <= block
-    assert same(ticket.init, start)
+    assert same(ticket.init, origin)
     assert ticket.masks.keys() == layers.weights.keys()
     assert [record["round"] for record in ticket.rounds] == list(range(rounds + 1))
     if isinstance(model, Tied):
@@ -283,6 +283,8 @@ def _unmask(model):
         ({"criterion": "size"}, "criterion: expected one of"),
         ({"scope": "local"}, "scope: expected one of"),
         ({"rewind": "start"}, "rewind: expected one of"),
+        ({"block_lasso": -1}, "block_lasso: expected a finite number of at least 0, got -1"),
+        ({"block_lasso": float("nan")}, "block_lasso: expected a finite number"),
         ({"rates": {"head": 0.5}}, r"rates: expected layers of \['1', '4'\]"),
         ({"rates": {"1": 0.0}}, "rates: expected above 0, up to 1"),
         ({"rates": {"1": 0.1}, "rounds": 1}, "a density of at least"),

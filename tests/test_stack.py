@@ -12,7 +12,7 @@ from sparse_lth.program.data import Dataset, Split, load
 from sparse_lth.program.lottery import Lottery, State, search_from
 
 # of `tiny`, four batches an epoch, the last one smaller; step 7 is in the second, at no evaluation
-PLAN = Plan(12, every=5, test_every=10, rewind_step="7it", dataset="digits")
+PLAN = Plan(12, every=5, test_every=10, rewind="7it", dataset="digits")
 CHAINS = [
     Chain(TICKET, 0, (3, 15), controls=("random reinit", "random mask")),
     Chain(TICKET, 0, (3, 15), blocksize=(16, 16)),

@@ -45,7 +45,7 @@ class Plan:
     levels: tuple[int, ...] = (1, 3, 5, 7, 9, 11, 13, 15)
     every: int = 100
     test_every: int = 200
-    rewind_step: str = "500it"
+    rewind: str = "500it"
     dataset: str = "mnist"
     data_dir: str = "data"
     device: str = "cpu"
@@ -61,7 +61,7 @@ class Plan:
 class Method:
     """How a chain's rounds start.
 
-    one_shot: each prunes the dense network; late: each trains from the plan's rewind_step on;
+    one_shot: each prunes the dense network; late: each trains from the plan's step on;
     rewind: as `Search` has it; lr: of all rounds but the dense one
     """
 
@@ -130,7 +130,7 @@ class Chain:
             prune_pc=1 - self.density,
             prune_rounds=LAST,
             blocksize=self.blocksize,
-            rewind_step=plan.rewind_step if method.late else "0it",
+            rewind=plan.rewind if method.late else "init",
             seed=self.replicate,
             device=plan.device,
         )

@@ -38,7 +38,7 @@ class EngineError(RuntimeError):
 def work(plan: Plan, chain: Chain, folder: Path) -> str:
     """One chain to its end, in a process of its own with one thread; returns its name."""
     torch.set_num_threads(1)
-    data = _dataset(plan.dataset, plan.data_dir, plan.device)
+    data = load_once(plan.dataset, plan.data_dir, plan.device)
     run_one_by_one(plan, chain, data, folder)
     return chain.name
 
@@ -83,7 +83,7 @@ def train(job: Job, data: Dataset, test_every: int) -> Trained:
 
 
 @cache
-def _dataset(name: str, data_dir: str, device: str) -> Dataset:
+def load_once(name: str, data_dir: str, device: str) -> Dataset:
     """Loaded once by each process."""
     return load(name, data_dir, device)
 
@@ -93,7 +93,7 @@ def run_pool(plan: Plan, chains: Sequence[Chain], folder: Path, workers: int) ->
     context = multiprocessing.get_context("spawn")
     with Watch(chains, folder) as watch:
         for _ in range(ATTEMPTS):
-            with ProcessPoolExecutor(workers, context, _follow_parent) as pool:
+            with ProcessPoolExecutor(workers, context, follow_parent) as pool:
                 pending = {pool.submit(work, plan, chain, folder) for chain in chains}
                 try:
                     while pending:
@@ -111,7 +111,7 @@ def run_pool(plan: Plan, chains: Sequence[Chain], folder: Path, workers: int) ->
     raise EngineError(f"expected the chains to end, but {ATTEMPTS} times a worker died")
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """Ends this worker with the process that started it, whose successor would run its chain."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that process to answer
     parent = multiprocessing.parent_process()

@@ -36,9 +36,13 @@ def weigh(differences: Sequence[float], low: float, high: float) -> Evidence:
         return Evidence(mean, (mean, mean), 1.0, False)
     within = [float(ttest_1samp(differences, b, alternative=side).pvalue) for b, side in bounds]
     holds, fails = max(within), len(within) * min(1 - p for p in within)
-    interval = ttest_1samp(differences, 0).confidence_interval(0.95)
-    interval = (float(interval.low), float(interval.high))
-    return Evidence(mean, interval, min(1.0, 2 * min(holds, fails)), holds < fails)
+    return Evidence(mean, interval(differences), min(1.0, 2 * min(holds, fails)), holds < fails)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean is in it with 95 % confidence, by Student's t; NaN for a single value."""
+    found = ttest_1samp(values, 0).confidence_interval(0.95)
+    return float(found.low), float(found.high)
 
 
 def decide(family: Sequence[Evidence]) -> list[tuple[float, str]]:

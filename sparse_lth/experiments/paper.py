@@ -55,7 +55,7 @@ def paper(flags: argparse.Namespace) -> None:
     plan = (Plan.full if flags.full else Plan)(device=flags.device, data_dir=data_dir)
     if flags.iterations:
         late = f"{min(500, flags.iterations // 10)}it"
-        plan = replace(plan, iterations=flags.iterations, rewind_step=late)
+        plan = replace(plan, iterations=flags.iterations, rewind=late)
     data = load(flags.dataset, plan.data_dir, "cpu", notify=print)
     plan = replace(plan, dataset=data.name)
     for name in ("chains", "networks"):
@@ -167,15 +167,27 @@ def remeasure(flags: argparse.Namespace) -> None:
     draw(flags.results)
 
 
+def blocks(flags: argparse.Namespace) -> None:
+    """Trains what the results folder lacks, and prints the table of block tickets."""
+    from .blocks import RECIPES, print_table
+    from .blocks import run as train
+
+    data_dir = str(Path(flags.data_dir).expanduser().resolve())
+    dataset = load(flags.dataset, data_dir, "cpu", notify=print).name
+    path = flags.results / "blocks.csv"
+    train(path, RECIPES, flags.replicates, flags.workers, dataset, data_dir)
+    print_table(path, RECIPES, dataset)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sparse_lth.experiments", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("paper", help="train what the results folder lacks, measure, draw")
     train.set_defaults(run=paper)
+    _add_training(train, "runs/paper")
     add = train.add_argument
     add("--full", action="store_true", help="the paper's 50,000 iterations and every round")
     add("--iterations", type=_positive, help="of each round (default: 5000, with --full 50000)")
-    add("--replicates", type=_positive, default=5, help="seeds from 0 on (default: 5)")
     add(
         "--networks",
         nargs="+",
@@ -184,11 +196,38 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"train these alone; a control with its chain (default: {', '.join(NETWORKS)})",
     )
+    add("--ray", metavar="ADDRESS", help="run on this Ray cluster; local: on one started here")
+    add(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="of the training; cuda: all networks of a round as one stack (default: cpu)",
+    )
+    tickets = commands.add_parser(
+        "blocks", help="train what the results folder lacks, and compare tickets of blocks"
+    )
+    tickets.set_defaults(run=blocks)
+    _add_training(tickets, "runs/blocks")
+    for name, run, help in (
+        ("measure", remeasure, "time the networks of a results folder on this machine, and draw"),
+        ("plot", lambda flags: draw(flags.results), "draw the figures and the page again"),
+        ("claims", tell, "print each claim, what was measured, and its verdict"),
+    ):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("results", type=Path, help="a folder that holds results.csv")
+        command.set_defaults(run=run)
+    return parser
+
+
+def _add_training(command: argparse.ArgumentParser, folder: str) -> None:
+    """The flags of what trains networks."""
+    add = command.add_argument
+    add("--replicates", type=_positive, default=5, help="seeds from 0 on (default: 5)")
     add(
         "--results",
         type=Path,
-        default=Path("runs/paper"),
-        help="folder to begin in, or to go on in (default: runs/paper)",
+        default=Path(folder),
+        help=f"folder to begin in, or to go on in (default: {folder})",
     )
     add(
         "--workers",
@@ -196,7 +235,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=os.cpu_count(),
         help="processes of one thread each (default: one for each processor)",
     )
-    add("--ray", metavar="ADDRESS", help="run on this Ray cluster; local: on one started here")
     add(
         "--dataset",
         default="mnist",
@@ -208,21 +246,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=os.environ.get("SPARSE_LTH_DATA", "data"),
         help="torchvision's root; $SPARSE_LTH_DATA gives another default",
     )
-    add(
-        "--device",
-        default="cpu",
-        choices=("cpu", "cuda"),
-        help="of the training; cuda: all networks of a round as one stack (default: cpu)",
-    )
-    for name, run, help in (
-        ("measure", remeasure, "time the networks of a results folder on this machine, and draw"),
-        ("plot", lambda flags: draw(flags.results), "draw the figures and the page again"),
-        ("claims", tell, "print each claim, what was measured, and its verdict"),
-    ):
-        command = commands.add_parser(name, help=help)
-        command.add_argument("results", type=Path, help="a folder that holds results.csv")
-        command.set_defaults(run=run)
-    return parser
 
 
 def _positive(text: str) -> int:

@@ -13,7 +13,7 @@ from .. import files
 
 TIMES = ("latency_us", "latency_p20_us", "latency_p80_us", "speedup")
 MACHINE = ("device", "threads", "backend")
-_TEXT = ("method", "model", "blocksize", "device", "backend")
+_TEXT = ("method", "model", "blocksize", "device", "backend", "dataset", "recipe")
 NETWORK = ("method", "model", "blocksize", "round")
 
 
@@ -39,7 +39,7 @@ def read(folder: Path) -> list[Training]:
     MACHINE too, None where latency.csv has none. ResultsError unless the files hold results."""
     path = folder / "results.csv"
     trainings = defaultdict(list)
-    for row in _rows(path, (*NETWORK, "replicate", "iteration")):
+    for row in read_rows(path, (*NETWORK, "replicate", "iteration")):
         trainings[(*_network(row), row["replicate"])].append(row)
     if not trainings:
         raise ResultsError(f"expected a results file, got {path}: it has no rows")
@@ -47,13 +47,14 @@ def read(folder: Path) -> list[Training]:
         rows.sort(key=lambda row: row["iteration"])
         rows[-1] |= dict.fromkeys((*TIMES, *MACHINE))
     path = folder / "latency.csv"
-    for row in _rows(path, (*NETWORK, *TIMES, *MACHINE)) if path.exists() else ():
+    for row in read_rows(path, (*NETWORK, *TIMES, *MACHINE)) if path.exists() else ():
         if rows := trainings.get((*_network(row), 0)):
             rows[-1] |= row
     return [*trainings.values()]
 
 
-def _rows(path: Path, columns: Sequence[str]) -> list[Row]:
+def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
+    """Of a CSV that has these columns, and maybe more; ResultsError if it is none."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [

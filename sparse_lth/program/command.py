@@ -68,7 +68,7 @@ def run(config: RunConfig, folder: Path, new: bool) -> None:
     data = load(config.dataset, config.data_dir, config.device, notify=say)
     config = replace(config, dataset=data.name)
     say(describe(config))
-    config.expect_rewind_step_within(len(data.train.labels))
+    config.rewind_step(len(data.train.labels))
     with owned(folder, new):
         save_config(folder, config)
         carry_out(config, data, folder)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..masks import SCOPES
-from ..search import Search
+from ..search import REWINDS, Search
 from ..weights import weight_layers
 from .data import SOURCES
 from .models import MODELS
@@ -20,6 +20,11 @@ TRAIN_SPARSE = ("auto", "on", "off")
 DEVICES = ("cpu", "cuda")
 DATASETS = ("auto", *SOURCES)
 MOST = 10**9  # of epochs, steps and the like: what is more was not meant
+LAST_LR = ("constant", "linear")
+EPOCHS, STEPS = 8, 2000  # of a round whose length is not given: whichever is longer
+# with which tickets of blocks come nearest to unstructured ones, as `python -m
+# sparse_lth.experiments blocks` has it measured
+BLOCK_RECIPE = {"rewind": "weights", "block_lasso": 0.05, "last_lr": "linear"}
 ROUNDS = 1000  # at most: the density of each is worked out before the first
 _STEPS = re.compile(r"([0-9]{1,9})(it|ep)")
 
@@ -36,9 +41,12 @@ class RunConfig:
     is outputs x inputs, (1, 1) being single weights; export_blocksize, when not None, asks for
     the block-sparse model in blocks of that size; quantize, "int8" or None, is for its layers.
 
-    A round lasts `iterations` steps, or `epochs` where that is None, and is evaluated after every
-    `every` steps, or every epoch. rewind_step, as in 500it or 1ep, is the k of the θ_k that round 0
-    passes, and survivors are rewound to: later rounds train from step k on. reinit trains in each
+    A round lasts `iterations` steps, or `epochs` where that is None, or where both are, EPOCHS or
+    STEPS, whichever is longer on the data set. It is evaluated after every `every` steps, or every
+    epoch, but a round of STEPS only about EPOCHS times. rewind says where rounds begin: "init", the survivors put back to θ₀; as in 500it or 1ep,
+    to the θ_k that round 0 passes, to be trained from step k on; or "weights", as trained.
+    block_lasso is the strength of a group lasso on the blocks, of all rounds but the last; last_lr
+    the learning rate of the last: "constant", or "linear", falling to 0. reinit trains in each
     round the control beside the ticket, its masks over weights drawn anew; one_shot prunes in one
     round what prune_rounds rounds would. train_sparse says whether pruned linear layers train as
     block-sparse layers instead of under masks: the same gradients to rounding, in less time.
@@ -49,14 +57,16 @@ class RunConfig:
     data_dir: str = "data"
     lr: float = 1e-3
     bs: int = 128
-    epochs: int = 8
+    epochs: int | None = None
     iterations: int | None = None
     every: int | None = None
     prune_pc: float = 0.2
     prune_rounds: int = 5
     blocksize: tuple[int, int] = (1, 1)
     scope: str = "layerwise"
-    rewind_step: str = "0it"
+    rewind: str = "init"
+    block_lasso: float = 0.0
+    last_lr: str = "constant"
     reinit: bool = False
     one_shot: bool = False
     train_sparse: str = "auto"
@@ -73,6 +83,7 @@ class RunConfig:
             ("model", MODELS),
             ("dataset", DATASETS),
             ("scope", SCOPES),
+            ("last_lr", LAST_LR),
             ("train_sparse", TRAIN_SPARSE),
             ("device", DEVICES),
         ):
@@ -82,6 +93,8 @@ class RunConfig:
             self._expect(name, f"1 to {MOST}", value is None or 1 <= value <= MOST)
         self._expect("prune_rounds", f"1 to {ROUNDS}", 1 <= self.prune_rounds <= ROUNDS)
         self._expect("lr", "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
+        finite = 0 <= self.block_lasso < math.inf
+        self._expect("block_lasso", "a finite number of at least 0", finite)
         self._expect("prune_pc", "a fraction above 0 and below 1", 0 < self.prune_pc < 1)
         self._expect("seed", "0 or more", self.seed >= 0)
         self._expect("data_dir", "a path in UTF-8", is_path(self.data_dir))
@@ -89,10 +102,9 @@ class RunConfig:
             raise SettingError(
                 "device: expected cpu or auto, since torch sees no GPU here, got cuda"
             )
-        expected = "steps or epochs, as in 500it or 1ep"
-        self._expect("rewind_step", expected, _STEPS.fullmatch(self.rewind_step))
-        late = steps(self.rewind_step, per_epoch=1) > 0
-        self._expect("reinit", "no rewind_step beside it", not (self.reinit and late))
+        known = self.rewind in REWINDS or _STEPS.fullmatch(self.rewind)
+        self._expect("rewind", "init, weights, or a step of round 0, as in 500it or 1ep", known)
+        self._expect("reinit", "rewind init beside it", not self.reinit or self.rewind == "init")
         for name in ("blocksize", "export_blocksize"):
             if (blocksize := getattr(self, name)) is not None:
                 self._expect(name, "two sizes of at least 1", min(blocksize) >= 1)
@@ -126,12 +138,30 @@ class RunConfig:
             expected = f"blocks smaller than a layer, the largest of which is {largest}"
             self._expect("export_blocksize", expected, smaller)
 
-    def expect_rewind_step_within(self, images: int) -> None:
-        """Raises SettingError if a round, on so many training images, ends at rewind_step."""
-        per_epoch = math.ceil(images / self.bs)
-        total = self.iterations or self.epochs * per_epoch
-        within = steps(self.rewind_step, per_epoch) < total
-        self._expect("rewind_step", f"a step before the end of a round, {total} steps", within)
+    def per_epoch(self, images: int) -> int:
+        """The steps of an epoch on so many training images."""
+        return math.ceil(images / self.bs)
+
+    def _epochs(self, images: int) -> int:
+        return self.epochs or max(EPOCHS, math.ceil(STEPS / self.per_epoch(images)))
+
+    def steps(self, images: int) -> int:
+        """Those of a round from θ₀ on."""
+        return self.iterations or self._epochs(images) * self.per_epoch(images)
+
+    def steps_between(self, images: int) -> int:
+        """From one evaluation of a round to the next."""
+        epochs = 1 if self.epochs else math.ceil(self._epochs(images) / EPOCHS)
+        return self.every or epochs * self.per_epoch(images)
+
+    def rewind_step(self, images: int) -> int:
+        """The step at which later rounds begin; SettingError if a round ends there."""
+        late, step, total = _STEPS.fullmatch(self.rewind), 0, self.steps(images)
+        if late:
+            count, unit = late.groups()
+            step = int(count) * (self.per_epoch(images) if unit == "ep" else 1)
+        self._expect("rewind", f"a step before the end of a round, {total} steps", step < total)
+        return step
 
     def _expect(self, name: str, expected: str, holds: bool) -> None:
         if not holds:
@@ -149,11 +179,12 @@ class RunConfig:
         return 1 - (1 - self.prune_pc) ** (1 / self.prune_rounds)
 
     def search(
-        self, model: nn.Module, levels: tuple[int, ...] | None = None, rewind: str = "init"
+        self, model: nn.Module, levels: tuple[int, ...] | None = None, rewind: str | None = None
     ) -> Search:
         """The library's search of this model of the registry, before its first round.
 
-        Layerwise, the output layer is pruned at half the rate, as in the paper.
+        Layerwise, the output layer is pruned at half the rate, as in the paper. The lasso is left
+        to who trains it. rewind: by default that of these settings.
         """
         if self.one_shot:
             levels = (self.prune_rounds,)
@@ -166,7 +197,7 @@ class RunConfig:
             scope=self.scope,
             rates=half if self.scope == "layerwise" else {},
             levels=levels,
-            rewind=rewind,
+            rewind=rewind or ("weights" if self.rewind == "weights" else "init"),
         )
 
     def search_settings(self) -> dict:
@@ -224,9 +255,3 @@ def is_path(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return "\0" not in text
-
-
-def steps(text: str, per_epoch: int) -> int:
-    """500it -> 500; 2ep -> two epochs of per_epoch steps"""
-    count, unit = _STEPS.fullmatch(text).groups()
-    return int(count) * (per_epoch if unit == "ep" else 1)

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import torch
 
-from .config import DATASETS, SCOPES, TRAIN_SPARSE, RunConfig, SettingError
+from .config import (
+    BLOCK_RECIPE,
+    DATASETS,
+    EPOCHS,
+    LAST_LR,
+    SCOPES,
+    STEPS,
+    TRAIN_SPARSE,
+    RunConfig,
+    SettingError,
+)
 from .data import SOURCES
 from .folder import load_config
 from .models import MODELS
@@ -20,7 +30,7 @@ def new_config(flags: dict) -> RunConfig:
     """The settings of these flags."""
     config = RunConfig(**with_defaults(flags))
     sources = [SOURCES[config.dataset]] if config.dataset in SOURCES else SOURCES.values()
-    config.expect_rewind_step_within(max(source.train_images for source in sources))
+    config.rewind_step(max(source.train_images for source in sources))
     return config
 
 
@@ -38,6 +48,9 @@ def with_defaults(flags: dict) -> dict:
         model = MODELS[flags.get("model", RunConfig.model)]
         flags.setdefault("blocksize", model.blocksize)
         flags["export_blocksize"] = flags["export_blocksize"] or flags["blocksize"]
+        rewinds = flags.get("reinit") or flags.get("rewind", "weights") != "weights"
+        if flags["blocksize"] != (1, 1) and not rewinds:
+            flags = BLOCK_RECIPE | flags
     flags.setdefault("data_dir", os.environ.get("SPARSE_LTH_DATA", RunConfig.data_dir))
     if flags.get("device", "auto") == "auto":
         flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,7 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add("lr", "learning rate of Adam", type=float)
     add("bs", "batch size", type=int)
-    add("epochs", "epochs of each round", type=int)
+    add(
+        "epochs",
+        f"epochs of each round (default: {EPOCHS}, or as many as make {STEPS:,} steps where the "
+        "data are few)",
+        type=int,
+    )
     add("prune_pc", "fraction of weights pruned in total; with --export-sparse 0.9", type=float)
     add("prune_rounds", "rounds of pruning, after the dense round 0", type=int)
     add("model", "network", choices=MODELS)
@@ -117,8 +135,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("scope", "where magnitudes compete", choices=SCOPES)
     add(
-        "rewind_step",
-        "rewind to the weights at this step of round 0, as in 500it or 1ep, and train from there",
+        "rewind",
+        "where rounds begin: init: every weight and bias put back to its first value; as in 500it "
+        "or 1ep: to its value at this step of round 0, and trained from there; weights: nothing is "
+        f"put back; with --export-sparse in blocks {BLOCK_RECIPE['rewind']}",
+    )
+    add(
+        "block_lasso",
+        "strength of a group lasso that shrinks whole blocks, in every round but the last; with "
+        f"--export-sparse in blocks {BLOCK_RECIPE['block_lasso']}, unless they rewind",
+        type=float,
+    )
+    add(
+        "last_lr",
+        "learning rate of the last round: constant, or linear: it falls to 0; with --export-sparse "
+        f"in blocks {BLOCK_RECIPE['last_lr']}, unless they rewind",
+        choices=LAST_LR,
     )
     add(
         "reinit",

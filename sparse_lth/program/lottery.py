@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from ..convert import sparsify_
 from ..files import FormatError, join_groups, load_tensors, save_tensors, split_prefix
 from ..kernels import backend
+from ..lasso import BlockLasso
 from ..masks import Masks, density
 from ..search import Search
 from ..ticket import expect_finite, expect_like, expect_masked
 from ..weights import Tensors, masked, prunable, read, snapshot, write_
-from .config import RunConfig, steps
+from .config import RunConfig
 from .data import Dataset, batches
 from .models import MODELS
-from .training import TrainingError, evaluate, make_step
+from .training import TrainingError, evaluate, make_step, set_lr
 
 GROUPS = ("init", "masks", "weights", "optimizer")
 FIELDS = ("round", "epoch", "step", "sparse", "history", "settings")
@@ -53,7 +54,7 @@ class State:
     round: int  # 0 is the dense network
     epoch: int  # whole epochs finished
     step: int  # optimizer steps finished; late rewinding begins a round at step k
-    init: Tensors  # what survivors are rewound to, by name: θ₀, or θ_k once it is known
+    init: Tensors  # what the round began from, by name; in round 0 θ₀, or θ_k once it is known
     masks: Masks
     weights: Tensors  # parameters and buffers by name, pruned ones exactly 0
     generator: Tensor  # state, at the start of this epoch, of the generator that orders batches
@@ -129,14 +130,9 @@ class Lottery:
 
     def __init__(self, config: RunConfig, data: Dataset):
         self.config, self.data, self.kind = config, data, MODELS[config.model]
-        self.per_epoch = math.ceil(len(data.train.labels) / config.bs)
-        self.steps = config.iterations or config.epochs * self.per_epoch  # of a round, from θ₀ on
-        self.rewind_step = steps(config.rewind_step, self.per_epoch)
-        if self.rewind_step >= self.steps:
-            raise TrainingError(
-                f"expected a --rewind_step before the end of a round, {self.steps} steps, "
-                f"got {config.rewind_step}, which is step {self.rewind_step}"
-            )
+        images = len(data.train.labels)
+        self.per_epoch, self.steps = config.per_epoch(images), config.steps(images)
+        self.every, self.rewind_step = config.steps_between(images), config.rewind_step(images)
 
     def start(self) -> State:
         """A search that has not begun: θ₀ drawn from the seed, nothing pruned."""
@@ -173,9 +169,8 @@ class Lottery:
     @property
     def evaluations(self) -> list[int]:
         """How many each round has."""
-        often = self.config.every or self.per_epoch
-        whole = math.ceil(self.steps / often)
-        later = whole * (1 + self.config.reinit) - self.rewind_step // often
+        whole = math.ceil(self.steps / self.every)
+        later = whole * (1 + self.config.reinit) - self.rewind_step // self.every
         return [whole] + [later] * self.config.rounds
 
     def begin_round(self, state: State, search: Search) -> State:
@@ -185,6 +180,7 @@ class Lottery:
             round=search.round,
             epoch=self.rewind_step // self.per_epoch,
             step=self.rewind_step,
+            init=search.init,
             masks=search.masks,
             weights=snapshot(search.model),
             sparse=(),
@@ -195,7 +191,7 @@ class Lottery:
         """The steps that the round still lacks; yields the state after every evaluation.
 
         model: holds the weights and masks of the state, and in the end those of the last state.
-        Evaluations come after every epoch or `config.every` steps, and at the end.
+        Evaluations come after every `self.every` steps, and at the end.
         """
         config, data, per_epoch, total = self.config, self.data, self.per_epoch, self.steps
         first = self.rewind_step if state.round else 0
@@ -209,13 +205,7 @@ class Lottery:
             sparse = [name for name, mask in state.masks.items() if trains_sparse(config, mask)]
             state = replace(state, sparse=tuple(sparse))
         network = _network(model, config.blocksize, state.sparse).to(config.device).train()
-        capturable = next(network.parameters()).is_cuda
-        optimizer = torch.optim.Adam(
-            network.parameters(), lr=config.lr, fused=True, capturable=capturable
-        )
-        for name, value in state.optimizer.items():
-            parameter, _, key = name.rpartition(".")
-            optimizer.state[network.get_parameter(parameter)][key] = value.to(config.device)
+        optimizer = self._make_optimizer(network, state)
         generator = torch.Generator()
         generator.set_state(state.generator)
         take_step = make_step(network, optimizer, data.train, self.kind.loss)
@@ -223,10 +213,12 @@ class Lottery:
         while step < total:
             epoch_start = generator.get_state()
             for chosen in batches(data.train, config.bs, generator)[step % per_epoch :]:
+                if config.last_lr == "linear" and state.round == config.rounds:
+                    set_lr(optimizer, config.lr * (1 - step / total))
                 losses, step = losses + take_step(chosen), step + 1
                 if state.round == 0 and step == self.rewind_step:
                     state = replace(state, init=snapshot(network))
-                if step % (config.every or per_epoch) and step != total:
+                if step % self.every and step != total:
                     continue
                 epoch, left = divmod(step, per_epoch)
                 record = {
@@ -255,6 +247,19 @@ class Lottery:
                     break
         if network is not model:
             write_(model, state.weights, state.masks)
+
+    def _make_optimizer(self, network: nn.Module, state: State) -> torch.optim.Optimizer:
+        """Of the state's round, with what the state remembers of its steps."""
+        config, cuda = self.config, next(network.parameters()).is_cuda
+        lr = torch.tensor(config.lr, device=config.device) if cuda else config.lr
+        optimizer = torch.optim.Adam(network.parameters(), lr, fused=True, capturable=cuda)
+        for name, value in state.optimizer.items():
+            parameter, _, key = name.rpartition(".")
+            optimizer.state[network.get_parameter(parameter)][key] = value.to(config.device)
+        if config.block_lasso and state.round < config.rounds:
+            lasso = BlockLasso(network, state.masks, config.blocksize, config.block_lasso)
+            optimizer.register_step_post_hook(lasso)
+        return optimizer
 
     def _evaluate(self, network: nn.Module, train_loss: float, tested: bool) -> dict:
         """What a record says of the network. TrainingError if the loss is not finite."""

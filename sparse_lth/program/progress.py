@@ -37,15 +37,15 @@ def watch(
 ) -> State:
     """Runs the search to its end, saving each state before the next begins; returns the last.
 
-    On a terminal a bar is shown, elsewhere a line is printed for every epoch.
+    On a terminal a bar is shown, elsewhere a line is printed for every evaluation.
     """
-    ends, epochs = [*accumulate(lottery.evaluations)], lottery.config.epochs
-    curves = _Curves(run_dir / "tensorboard", epochs, console)
+    ends = [*accumulate(lottery.evaluations)]
+    curves = _Curves(run_dir / "tensorboard", lottery.steps, console)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("epochs"),
+        TextColumn("evaluations"),
         TimeRemainingColumn(),
     )
     state = start
@@ -60,13 +60,13 @@ def watch(
     with progress as bar, closing(curves):
         task = bar.add_task(doing(), total=ends[-1], completed=len(start.history))
         for state in states:
-            if state.epoch == epochs and "control" not in state.history[-1]:
+            if state.step == lottery.steps and "control" not in state.history[-1]:
                 make_ticket(state).save(ticket_path(run_dir, state.round))
             state.save(run_dir / "state.safetensors")
             write_metrics(run_dir, list(state.history))
             curves.add(state)
             bar.update(task, advance=1, description=doing())
-            if state.epoch == epochs or not console.is_terminal:
+            if state.step == lottery.steps or not console.is_terminal:
                 console.print(describe(state.history[-1]), highlight=False, soft_wrap=True)
     return state
 
@@ -91,8 +91,8 @@ class _Curves:
     written here: SummaryWriter has a thread of its own, which ends in a traceback on a full disk.
     """
 
-    def __init__(self, folder: Path, epochs: int, console: Console):
-        self.folder, self.epochs, self.console = folder, epochs, console
+    def __init__(self, folder: Path, steps: int, console: Console):
+        self.folder, self.steps, self.console = folder, steps, console
         self.run, self.records = None, None  # of the file that is open
         self.given_up = False
 
@@ -134,7 +134,7 @@ class _Curves:
         for name, mask in state.masks.items():
             kept = state.weights[weight_name(name)][mask].cpu().numpy()
             parts.append(summary.histogram(f"weights/{name}", kept, bins=64))
-        if state.epoch == self.epochs:
+        if state.step == self.steps:
             for name, mask in state.masks.items():
                 matrix = mask.flatten(1).float()
                 parts.append(summary.image(f"mask/{name}", matrix, dataformats="HW"))

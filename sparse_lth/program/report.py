@@ -35,7 +35,7 @@ def print_tables(console: Console, run: Run) -> None:
     header, *rows = _comparison(run.summary)
     print_table(console, "Dense against pruned", header, rows, _tones(run.summary))
     about = context(run.summary, run.config.dataset)
-    for line in (about, *notes(run.summary), headline(run.summary)):
+    for line in (about, run.ticket.rewound, *notes(run.summary), headline(run.summary)):
         console.print(Text(line), highlight=False, soft_wrap=True)
 
 
@@ -75,7 +75,7 @@ def write_page(path: Path, run: Run) -> None:
         header=header,
         rows=rows,
         tones=_tones(summary),
-        notes=notes(summary),
+        notes=[run.ticket.rewound, *notes(summary)],
         bars=_bars(summary),
         latency=_latency_chart(run) if "latency" in summary else None,
         accuracy=_accuracy_chart(run),
@@ -225,7 +225,7 @@ def _loss_charts(run: Run) -> list[Chart]:
     shown = [ticket.rounds[-1]["round"] for ticket in run.tickets]
     kinds = {"train_loss": "training loss", "validation_loss": "validation loss"}
     y = logarithmic("", [max(record[kind], 1e-9) for record in run.history for kind in kinds])
-    epochs = max(2, run.config.epochs)
+    epochs = max(2, *(record["epoch"] for record in run.history))
     x = Axis("epoch of the round", 1, epochs, [*range(1, epochs + 1, -(-epochs // 8))])
     charts = []
     for kind, label in kinds.items():

@@ -42,7 +42,7 @@ def load_ticket(path: str | Path) -> Ticket:
 
 
 def network(ticket: Ticket, weights: str = "trained") -> nn.Module:
-    """The network under the masks of torch's prune; weights: "trained" or "init" (θ₀)."""
+    """The network under the masks of torch's prune; weights: "trained" or "init"."""
     return ticket.apply_(_fresh(ticket), weights)
 
 

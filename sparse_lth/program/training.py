@@ -36,6 +36,15 @@ def make_step(
     return GraphedStep(step) if split.labels.is_cuda else step
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of all its parameters; one that is a tensor, which a CUDA graph reads, is written to."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 class GraphedStep:
     """The same step as one replay of a CUDA graph; the loss is valid until the next step.
 
