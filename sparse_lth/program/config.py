@@ -43,8 +43,9 @@ class RunConfig:
 
     A round lasts `iterations` steps, or `epochs` where that is None, or where both are, EPOCHS or
     STEPS, whichever is longer on the data set. It is evaluated after every `every` steps, or every
-    epoch, but a round of STEPS only about EPOCHS times. rewind says where rounds begin: "init", the survivors put back to θ₀; as in 500it or 1ep,
-    to the θ_k that round 0 passes, to be trained from step k on; or "weights", as trained.
+    epoch, but a round of STEPS only about EPOCHS times. rewind says where rounds begin: "init", the
+    survivors put back to θ₀; as in 500it or 1ep, to the θ_k that round 0 passes, to be trained from
+    step k on; or "weights", as trained.
     block_lasso is the strength of a group lasso on the blocks, of all rounds but the last; last_lr
     the learning rate of the last: "constant", or "linear", falling to 0. reinit trains in each
     round the control beside the ticket, its masks over weights drawn anew; one_shot prunes in one
