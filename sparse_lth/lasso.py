@@ -48,16 +48,16 @@ class BlockLasso:
     @torch.no_grad()
     def _shrink(self, parameter: nn.Parameter, lr: float | Tensor) -> None:
         sparse = isinstance(self._layers[parameter], BlockSparse)
-        squares = parameter.to(torch.promote_types(parameter.dtype, torch.float32)).square()
+        wide = torch.promote_types(parameter.dtype, torch.float32)
         if sparse:
-            norms = squares.sum((1, 2)).sqrt()
+            norms = torch.linalg.vector_norm(parameter, dim=(1, 2), dtype=wide)
         else:
-            norms = _block_sums(squares.flatten(1), self.blocksize).sqrt()
+            norms = _block_sums(parameter.to(wide).square().flatten(1), self.blocksize).sqrt_()
         limits = self._limits.get(parameter)
         if limits is None or limits.device != parameter.device:
             limits = self._limits[parameter] = self._make_limits(parameter).to(norms)
-        limits = limits * lr
-        kept = torch.where(norms > limits, 1 - limits / norms, 0)
+        norms.clamp_(min=torch.finfo(wide).tiny)  # a block that is 0 has no 0 / 0
+        kept = (limits * lr).div_(norms).neg_().add_(1).clamp_(min=0)
         if sparse:
             parameter.mul_(kept[:, None, None])
         else:
@@ -81,10 +81,12 @@ def _block_sums(matrix: Tensor, blocksize: tuple[int, int]) -> Tensor:
     after every step of a training."""
     (R, C), (rows, cols) = blocksize, matrix.shape
     whole = rows // R * R
-    columns = matrix[:whole].unflatten(0, (whole // R, R)).sum(1)
+    columns = matrix[:whole].view(whole // R, R, cols).sum(1)
     if whole < rows:
         columns = torch.cat([columns, matrix[whole:].sum(0, keepdim=True)])
-    return F.pad(columns, (0, -cols % C)).unflatten(1, (-1, C)).sum(2)
+    if cols % C:
+        columns = F.pad(columns, (0, -cols % C))
+    return columns.view(len(columns), -1, C).sum(2)
 
 
 def _parameter(layer: nn.Module) -> nn.Parameter:

@@ -109,11 +109,14 @@ def compare(rows: Sequence[dict], recipes: Sequence[Recipe]) -> Iterator[tuple[s
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:
-    """As in 98.12 ± 0.05."""
+    """As in 98.12 ± 0.05; of a single value without the interval, of none empty."""
     if not values:
         return ""
-    mean, (low, high) = np.mean(values), interval(values)
-    return f"{mean:{sign}.2f} ± {(high - low) / 2:.2f}"
+    text = f"{np.mean(values):{sign}.2f}"
+    if len(values) == 1:
+        return text
+    low, high = interval(values)
+    return f"{text} ± {(high - low) / 2:.2f}"
 
 
 def print_table(path: Path, recipes: Sequence[Recipe], dataset: str) -> None:

@@ -40,7 +40,7 @@ def weigh(differences: Sequence[float], low: float, high: float) -> Evidence:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean is in it with 95 % confidence, by Student's t; NaN for a single value."""
+    """Of two values or more: their mean is in it with 95 % confidence, by Student's t."""
     found = ttest_1samp(values, 0).confidence_interval(0.95)
     return float(found.low), float(found.high)
 
