@@ -1,8 +1,7 @@
-"""What `mkdocs build` needs beside the pages: those outside docs/, and lists in docstrings.
+"""What `mkdocs build` does beyond docs/: pages that lie elsewhere, and lists in docstrings.
 
-On GitHub a link leads from file to file of the repository. On the site the same file tree is kept,
-with docs/ as its root, so a link into docs/ loses that part, and a link to a file that is no page
-becomes plain text.
+On GitHub a link leads from file to file of the repository. The site has docs/ as its root, so a
+link into docs/ loses that part, and one to a file that is no page becomes plain text.
 """
 
 import re
@@ -15,7 +14,6 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "kernels/README.md")
 LINK = re.compile(r"(!?)\[([^]]*)\]\(([^)#:]+)(#[^)]*)?\)")
-PARAMETER = re.compile(r"(\w+(?:, \w+)*(?:\([^)]*\))?)(:| \(|, )")
 
 
 def on_files(files, config):
@@ -26,18 +24,15 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    here = page.file.src_uri
-    if here not in OUTSIDE:
-        here = f"docs/{here}"
+    here = page.file.src_uri  # on the site
+    folder = PurePosixPath(here if here in OUTSIDE else f"docs/{here}").parent
 
     def rewrite(match):
         image, text, target, anchor = match.groups()
-        path = normpath(PurePosixPath(here).parent / target)  # in the repository
-        at = path.removeprefix("docs/") if path not in OUTSIDE else path
-        if files.get_file_from_path(at) is None:
+        there = normpath(folder / target).removeprefix("docs/")
+        if files.get_file_from_path(there) is None:
             return text
-        up = "../" * page.file.src_uri.count("/")
-        return f"{image}[{text}]({up}{at}{anchor or ''})"
+        return f"{image}[{text}]({'../' * here.count('/')}{there}{anchor or ''})"
 
     return LINK.sub(rewrite, markdown)
 
@@ -54,12 +49,12 @@ class Lists(griffe.Extension):
 def as_lists(text: str) -> str:
     lines, before = [], ""
     for line in text.splitlines():
-        if match := re.match(r"(\w+(?:, \w+)*)(\([^)]*\))?: ", line):
-            if not before.startswith(("- ", "    ")):
+        in_list = before.startswith(("- ", "    "))
+        if match := re.match(r"\w+(, \w+)*(\([^)]*\))?(?=: )", line):
+            if not in_list:
                 lines.append("")
-            name = "".join(filter(None, match.groups()))
-            line = f"- `{name}`: {line[match.end() :]}"
-        elif before.startswith(("- ", "    ")) and line and not line.startswith(" "):
+            line = f"- `{match[0]}`{line[match.end() :]}"
+        elif in_list and line and not line.startswith(" "):
             lines.append("")
         lines.append(line)
         before = line or before
