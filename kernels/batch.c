@@ -1,5 +1,5 @@
-/* What a call does: passes layers over tiles of the batch, on threads. Included after the kernels of
-   every instruction set. */
+/* What a call does: passes layers over tiles of the batch, on threads. Included after the kernels
+   of every instruction set. */
 
 /* Room for at least `floats`, or NULL; aligned_alloc takes whole multiples of the alignment. */
 static float *allocate(int64_t floats)
@@ -16,8 +16,8 @@ enum {
     WIDE_PANELS = 4,       /* panels that share a load of a weight */
     CODE_PANELS = 16,      /* panels that share a piece of code in the first cache */
     LONG_CODE_PANELS = 32, /* the same for layers so long that a piece takes fewer inputs */
-    MUCH_CODE = 1 << 19,   /* bytes that crowd the second cache: threads then share a tile, each with
-                              outputs of its own */
+    MUCH_CODE = 1 << 19,   /* bytes that crowd the second cache: threads then share a tile, each
+                              with outputs of its own */
     PAGE = 4096 / sizeof(float),
 };
 
@@ -135,8 +135,8 @@ static void touch(const float *x, int64_t ldx, int64_t rows, int64_t in)
             (void)*(const volatile float *)(x + m * ldx + k);
 }
 
-/* The activations of a tile: rows or panels of x, a layer's input or already its output. They lie in
-   one of two scratch buffers, `other`, and the next ones go into `spare`. */
+/* The activations of a tile: rows or panels of x, a layer's input or already its output. They lie
+   in one of two scratch buffers, `other`, and the next ones go into `spare`. */
 typedef struct {
     const float *x;
     int64_t ldx, rows, panels;
@@ -312,8 +312,8 @@ static int grad_input(const Kernels *k, const Layer *transposed, const int32_t *
         return -1;
     Pack pack = {.kernels = k, .values = l.values, .slots = slots, .packed = packed, .R = l.C,
                  .C = l.R, .nnz = nnz, .range = ceil_div(1 << 14, size)};
-    parallel_for(nnz * size < WORTH_A_THREAD ? 1 : threads_now(threads), ceil_div(nnz, pack.range), pack_range,
-                 &pack);
+    const int packers = nnz * size < WORTH_A_THREAD ? 1 : threads_now(threads);
+    parallel_for(packers, ceil_div(nnz, pack.range), pack_range, &pack);
     l.values = packed;
     const int failed = forward(k, &l, 1, grad, ldg, dx, batch, threads);
     free(packed);

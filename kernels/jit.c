@@ -72,7 +72,13 @@ static void free_program(Program *p)
 #ifdef __x86_64__
 
 /* The arguments of a Piece, by the numbers of their registers. */
-enum { BIAS = 1 /* rcx */, VALUES = 2 /* rdx */, Y = 6 /* rsi */, X = 7 /* rdi */, FLOOR = 8 /* r8 */ };
+enum {
+    BIAS = 1,   /* rcx */
+    VALUES = 2, /* rdx */
+    Y = 6,      /* rsi */
+    X = 7,      /* rdi */
+    FLOOR = 8,  /* r8 */
+};
 
 /* An instruction with an EVEX prefix: its opcode map (1 for 0F, 2 for 0F38), the prefix it implies
    (0 for none, 1 for 66), its opcode, and how many bytes it reads or writes. */
@@ -302,15 +308,15 @@ static Bytes piece_at(const Code *c, int64_t block, int64_t group)
     return (Bytes){c->memory + (int64_t)at[0] * LINE, (int64_t)(at[1] - at[0]) * LINE};
 }
 
-/* Groups begin .. end of a layer on panels: x (panels, in, 16) -> y (panels, out, 16), from panel to
-   panel ldx and ldy floats. Each panel asks for a part of the next piece. */
+/* Groups begin .. end of a layer on panels: x (panels, in, 16) -> y (panels, out, 16), from panel
+   to panel ldx and ldy floats. Each panel asks for a part of the next piece. */
 static void run_code(const Code *c, const Layer *l, int64_t begin, int64_t end, const float *x,
                      int64_t ldx, float *y, int64_t ldy, int64_t panels)
 {
     static const float no_bias[GROUP];
     const float floor = l->relu ? 0 : -INFINITY;
     const int64_t groups = end - begin, pieces = c->blocks * groups;
-    Bytes now = piece_at(c, 0, begin), next = {0};
+    Bytes now = piece_at(c, 0, begin), next;
     for (int64_t n = 0; n < pieces; n++, now = next) {
         const int64_t g = begin + n % groups;
         const float *bias = l->bias ? l->bias + g * GROUP : no_bias;
@@ -318,7 +324,9 @@ static void run_code(const Code *c, const Layer *l, int64_t begin, int64_t end, 
         float *to = y + g * GROUP * PANEL;
         Piece run;
         memcpy(&run, &now.start, sizeof run);
-        next = n + 1 < pieces ? piece_at(c, (n + 1) / groups, begin + (n + 1) % groups) : (Bytes){0};
+        next = (Bytes){0};
+        if (n + 1 < pieces)
+            next = piece_at(c, (n + 1) / groups, begin + (n + 1) % groups);
         const int64_t part = ceil_div(next.size, panels * LINE) * LINE;
         for (int64_t m = 0; m < panels; m++) {
             for (int64_t a = m * part; a < min64(next.size, (m + 1) * part); a += LINE)

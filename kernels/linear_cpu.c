@@ -131,8 +131,9 @@ static TARGET void NAME(tall8)(const Layer *l, int64_t begin, int64_t end, const
 }
 #endif
 
-/* Outputs begin .. end for nv panels: x (in, LANES) and y (out, LANES), ldx and ldy floats from panel
-   to panel. The sum of an output is taken in several chains, to hide the latency of an addition. */
+/* Outputs begin .. end for nv panels: x (in, LANES) and y (out, LANES), ldx and ldy floats from
+   panel to panel. The sum of an output is taken in several chains, to hide the latency of an
+   addition. */
 INLINE void NAME(wide_rows)(const int nv, const Layer *l, int64_t begin, int64_t end,
                             const float *x, int64_t ldx, float *y, int64_t ldy)
 {

@@ -210,7 +210,8 @@ static int check_program(const Program *p, const Layer *l)
 }
 
 /* forward(instruction_set, threads, x, ldx, y, batch, *layers)
-   a layer: values, bias, crow, col, R, C, in, out, relu, program (or 0); y (batch, out of the last) is written */
+   a layer: values, bias, crow, col, R, C, in, out, relu, program (or 0)
+   y (batch, out of the last) is written */
 static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     enum { INSTRUCTION_SET, THREADS, X, LDX, Y, BATCH, HEAD };

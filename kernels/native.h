@@ -70,8 +70,8 @@ typedef struct {
                    int64_t ldy, int64_t rows);
     void (*tall8)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
                   int64_t ldy, int64_t rows);
-    /* outputs begin .. end, any blocksize: 1, 2 or 4 panels of x, ldx floats from one to the next ->
-       panels of y; or one row, x (in,) -> y (out,) */
+    /* outputs begin .. end, any blocksize: 1, 2 or 4 panels of x, ldx floats from one to the next,
+       -> panels of y; or one row, x (in,) -> y (out,) */
     void (*wide)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
                  int64_t ldy, int64_t panels);
     void (*single)(const Layer *, int64_t begin, int64_t end, const float *x, float *y);
@@ -123,11 +123,11 @@ static Parallel openmp;
 
 static void after_fork(void) { openmp = NULL; }
 
-/* Threads that find a processor. The threads of OpenMP wait for each other, so that a call on a busy
-   machine takes as long as the one that waits longest for a processor: several times what it takes
-   on one thread. Linux says in /proc/loadavg how many threads run or want to ("0.2 0.3 0.3 2/345 .."
-   are 2), of which this one and the `wanted - 1` that spin in our pool are ours. It is read every 2
-   ms, and what is busy only for an instant is not counted. */
+/* Threads that find a processor. The threads of OpenMP wait for each other, so that a call on a
+   busy machine takes as long as the one that waits longest for a processor: several times what it
+   takes on one thread. Linux says in /proc/loadavg how many threads run or want to ("0.2 0.3 0.3
+   2/345 .." are 2), of which this one and the `wanted - 1` that spin in our pool are ours. It is
+   read every 2 ms, and what is busy only for an instant is not counted. */
 static int load_file = -1;
 static long processors;
 

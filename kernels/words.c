@@ -9,8 +9,8 @@ static int64_t row_bytes(const WordKernels *k, int64_t features)
     return 4 * (k->quantize ? features : ceil_div(features, 2));
 }
 
-/* Whether rows of the batch beat lanes of it: for few of them nothing is transposed or packed. Blocks
-   that a word does not fit into waste a part of it there. */
+/* Whether rows of the batch beat lanes of it: for few of them nothing is transposed or packed.
+   Blocks that a word does not fit into waste a part of it there. */
 static int is_better_tall(const WordKernels *k, const WordLayer *l, int64_t batch)
 {
     return batch <= (l->C < l->per_word ? 8 : k->most_lanes);
@@ -37,8 +37,8 @@ static void word_pack_range(void *arg, int64_t i, int worker)
                      p->inputs);
 }
 
-/* Sets l->tall, or l->packed and l->inputs, in *to unless the layer can be read as it is stored; without values
-   only the inputs. 0, or -1 if there is no memory. */
+/* Sets l->tall, or l->packed and l->inputs, which are in *to unless the layer can be read as it is
+   stored; without values only the inputs. 0, or -1 if there is no memory. */
 static int pack_words(const WordKernels *k, WordLayer *l, const Blocks *blocks, int64_t batch,
                       int threads, char **to)
 {

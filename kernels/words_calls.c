@@ -105,8 +105,8 @@ static PyObject *py_bf16_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t
 
 /* int8_forward(instruction_set, threads, x, ldx, y, batch, values, scales, totals, bias, crow, col,
    R, C, in, out, relu)
-   x (batch, in) and y (batch, out), which is written: floats. values (nnz, C, R): int8, of which a 1
-   stands for scales[o] (out,) and totals[o] (out,) is the sum of an output's */
+   x (batch, in) and y (batch, out), which is written: floats. values (nnz, C, R): int8, of which a
+   1 stands for scales[o] (out,) and totals[o] (out,) is the sum of an output's */
 static PyObject *py_int8_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     enum { SET, THREADS, X, LDX, Y, BATCH, VALUES, SCALES, TOTALS, BIAS, CROW, COL, R, C, IN, OUT,

@@ -24,7 +24,8 @@
 
 typedef uint32_t NAME(words) __attribute__((vector_size(BYTES), aligned(4), may_alias));
 typedef int32_t NAME(ints) __attribute__((vector_size(BYTES), aligned(4), may_alias));
-typedef NUMBER NAME(numbers) __attribute__((vector_size(LANES * sizeof(NUMBER)), aligned(1), may_alias));
+typedef NUMBER NAME(numbers)
+    __attribute__((vector_size(LANES * sizeof(NUMBER)), aligned(1), may_alias));
 typedef float NAME(floats) __attribute__((vector_size(BYTES), aligned(4), may_alias));
 typedef uint16_t NAME(halves) __attribute__((vector_size(BYTES), may_alias));
 typedef uint8_t NAME(bytes) __attribute__((vector_size(BYTES), may_alias));
@@ -72,15 +73,15 @@ INLINE ints NAME(dot)(ints acc, words w, words x)
 
 /* Zips and unzips of 16 or 8 bits, in each 128 bits by itself: LO takes the first half of both
    vectors, or the even ones. */
-#define ZIP_LO16(q) q, 2 * LANES + q, q + 1, 2 * LANES + q + 1, q + 2, 2 * LANES + q + 2, q + 3,    \
-                    2 * LANES + q + 3
+#define PAIR16(q) q, 2 * LANES + q
+#define ZIP_LO16(q) PAIR16(q), PAIR16(q + 1), PAIR16(q + 2), PAIR16(q + 3)
 #define ZIP_HI16(q) ZIP_LO16(q + 4)
-#define UNZIP_LO16(q) q, q + 2, q + 4, q + 6, 2 * LANES + q, 2 * LANES + q + 2, 2 * LANES + q + 4,  \
-                      2 * LANES + q + 6
+#define EVEN16(q) q, q + 2, q + 4, q + 6
+#define UNZIP_LO16(q) EVEN16(q), EVEN16(2 * LANES + q)
 #define UNZIP_HI16(q) UNZIP_LO16(q + 1)
 #define PAIR8(q) q, 4 * LANES + q
-#define ZIP_LO8(q) PAIR8(q), PAIR8(q + 1), PAIR8(q + 2), PAIR8(q + 3), PAIR8(q + 4), PAIR8(q + 5),  \
-                   PAIR8(q + 6), PAIR8(q + 7)
+#define FOUR8(q) PAIR8(q), PAIR8(q + 1), PAIR8(q + 2), PAIR8(q + 3)
+#define ZIP_LO8(q) FOUR8(q), FOUR8(q + 4)
 #define ZIP_HI8(q) ZIP_LO8(q + 8)
 #define EVEN8(q) q, q + 2, q + 4, q + 6, q + 8, q + 10, q + 12, q + 14
 #define UNZIP_LO8(q) EVEN8(q), EVEN8(4 * LANES + q)
@@ -97,7 +98,7 @@ INLINE ints NAME(dot)(ints acc, words w, words x)
 #define SHUFFLE8(f, a, b)                                                                          \
     ((words)__builtin_shufflevector((NAME(bytes))(a), (NAME(bytes))(b), EACH_QUAD(f, 16)))
 
-/* PER_WORD vectors of planes <-> as many vectors of words, of as many lanes in the batch's order. */
+/* PER_WORD vectors of planes <-> as many vectors of words, as many lanes in the batch's order. */
 INLINE void NAME(zip)(const words *planes, words *to)
 {
 #if PER_WORD == 2
@@ -150,18 +151,17 @@ static TARGET void NAME(pack)(const WordLayer *l, const Blocks *b, int64_t begin
             continue;
         Word *to = (Word *)packed + words_before(l, i);
         for (int64_t j = 0; j < count; j += PER_WORD, to += R) {
-            const NUMBER *from[PER_WORD];
+            const NUMBER *from[PER_WORD], *at = b->values;
             NUMBER keep[PER_WORD]; /* nothing of a number beyond the last */
             UNROLL for (int t = 0; t < PER_WORD; t++) {
                 keep[t] = j + t < count ? (NUMBER)~0 : 0;
-                if (!keep[t]) {
-                    from[t] = from[0];
-                    continue;
+                if (keep[t]) {
+                    at = (const NUMBER *)b->values + c * b->input_step +
+                         (b->slots ? b->slots[n] : n) * size;
+                    if (++c == C)
+                        c = 0, n++;
                 }
-                from[t] = (const NUMBER *)b->values + c * b->input_step +
-                          (b->slots ? b->slots[n] : n) * size;
-                if (++c == C)
-                    c = 0, n++;
+                from[t] = at;
             }
 #define PACK(step)                                                                                 \
     for (int64_t r = 0; r < R; r++) {                                                              \
@@ -310,7 +310,8 @@ static TARGET void NAME(finish_rows)(const WordLayer *l, int64_t first, const SU
 #if PER_WORD == 2
         floats v = sums[m] + bias;
         v = l->relu ? RELU(v) : v;
-        const NAME(numbers) numbers = __builtin_convertvector(NAME(rounded)(v) >> 16, NAME(numbers));
+        const words bits = NAME(rounded)(v) >> 16;
+        const NAME(numbers) numbers = __builtin_convertvector(bits, NAME(numbers));
         memcpy(y + 2 * first, &numbers, left * 2);
 #else
         floats v = __builtin_convertvector(sums[m] - totals * scaling->zeros[m], floats) *
@@ -343,9 +344,10 @@ INLINE void NAME(finish)(const int outputs, const int nv, const WordLayer *l, in
             v[j] = l->relu ? RELU(v[j]) : v[j];
         }
 #if PER_WORD == 2
-        UNROLL for (int u = 0; u < nv / 2; u++)
-            STORE_WORDS(y + (a * nv / 2 + u) * BYTES,
-                        SHUFFLE16(UNZIP_HI16, NAME(rounded)(v[2 * u]), NAME(rounded)(v[2 * u + 1])));
+        UNROLL for (int u = 0; u < nv / 2; u++) {
+            const words low = NAME(rounded)(v[2 * u]), high = NAME(rounded)(v[2 * u + 1]);
+            STORE_WORDS(y + (a * nv / 2 + u) * BYTES, SHUFFLE16(UNZIP_HI16, low, high));
+        }
 #else
         UNROLL for (int j = 0; j < nv; j++) STORE_WORDS(y + (a * nv + j) * BYTES, (words)v[j]);
 #endif
@@ -398,9 +400,9 @@ static TARGET void NAME(outputs)(const WordLayer *l, int64_t begin, int64_t end,
         NAME(outputs_of)(PER_WORD, 0, l, begin, end, x, scaling, y);
 }
 
-/* A register tile: LANES outputs of block row i from r0 for `rows` rows of the batch, x as it comes.
-   A vector of words is made of rows of a block as it is stored, and meets broadcast inputs. Few
-   rows are too few sums to hide the latency of an addition: each is then taken in chains. */
+/* A register tile: LANES outputs of block row i from r0 for `rows` rows of the batch, x as it
+   comes. A vector of words is made of rows of a block as it is stored, and meets broadcast inputs.
+   Few rows are too few sums to hide the latency of an addition: each is then taken in chains. */
 INLINE void NAME(tile)(const int rows, const WordLayer *l, int64_t i, int64_t r0, const char *x,
                        int64_t ldx, const Scaling *scaling, char *y, int64_t ldy)
 {
@@ -635,6 +637,9 @@ static TARGET void NAME(quantize)(const float *x, int64_t ldx, int64_t rows, int
 #undef RELU
 #undef INLINE
 #undef UNROLL
+#undef PAIR16
+#undef EVEN16
+#undef FOUR8
 #undef ZIP_LO16
 #undef ZIP_HI16
 #undef UNZIP_LO16

@@ -3,6 +3,7 @@
 #include "words.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -11,8 +12,9 @@
 #define BF16_TABLE(set, n)                                                                         \
     {                                                                                              \
         .name = #set, .lanes = 2 * (n), .most_lanes = 4 * (n), .panel = 16 * (n),                  \
-        .height = (n), .tall = tall_bf16_##set, .pack = pack_bf16_##set, .enter = enter_bf16_##set, .outputs = outputs_bf16_##set,         \
-        .leave = leave_bf16_##set, .sddmm = sddmm_bf16_##set, .round = round_bf16_##set            \
+        .height = (n), .tall = tall_bf16_##set, .pack = pack_bf16_##set,                           \
+        .enter = enter_bf16_##set, .outputs = outputs_bf16_##set, .leave = leave_bf16_##set,       \
+        .sddmm = sddmm_bf16_##set, .round = round_bf16_##set                                       \
     }
 
 #define INT8_TABLE(set, n)                                                                         \
@@ -129,6 +131,15 @@ static WordSets bf16_sets, int8_sets;
 
 static void add_set(WordSets *sets, const WordKernels *k) { sets->kernels[sets->n++] = k; }
 
+#ifdef __x86_64__
+/* Not every clang knows its name; where there is AVX2, the system saves the registers of both. */
+static int has_avx_vnni(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
 static void find_usable_words(void)
 {
     bf16_sets.n = int8_sets.n = 0;
@@ -144,7 +155,7 @@ static void find_usable_words(void)
         }
         if (usable[i] == &kernels_avx2) {
             add_set(&bf16_sets, &bf16_avx2);
-            if (__builtin_cpu_supports("avxvnni"))
+            if (has_avx_vnni())
                 add_set(&int8_sets, &int8_avx_vnni);
             add_set(&int8_sets, &int8_avx2);
         }
