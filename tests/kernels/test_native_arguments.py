@@ -14,7 +14,7 @@ MEMORY = torch.zeros(1 << 10)  # large enough for every call here; as int32, zer
 P = MEMORY.data_ptr()
 LAYER = {
     **{"values": P, "bias": 0, "crow": P, "col": P},
-    **{"R": 2, "C": 3, "in": 5, "out": 7, "relu": False, "program": 0},
+    **{"R": 2, "C": 3, "in": 5, "out": 7, "relu": False},
 }
 CALL = {"instruction_set": 0, "threads": 1}
 SHAPE = (
@@ -29,7 +29,7 @@ ARGUMENTS = {
     | {"x": P, "y": P, "values": P, "bias": 0, "crow": P, "col": P, "relu": 0, "pool": 1},
     "conv_grad_input": SHAPE | {"grad": P, "dx": P, "slots": P, "values": P, "crow": P, "rows": P},
     "conv_grad_weight": SHAPE | {"grad": P, "x": P, "values": P, "crow": P, "col": P},
-    "forward": CALL | {"x": P, "ldx": 5, "y": P, "batch": 4} | LAYER,
+    "forward": CALL | {"x": P, "ldx": 5, "y": P, "batch": 4} | LAYER | {"program": 0},
     "grad_input": CALL
     | {"grad": P, "ldg": 7, "dx": P, "batch": 4, "slots": P, "values": P, "crow": P, "rows": P}
     | {"C": 3, "R": 2, "out": 7, "in": 5, "program": 0},
