@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, summary
+from sparse_lth.program.measure import load_of_others
 
 HERE = Path(__file__).parent
 
@@ -114,6 +115,12 @@ def pytest_terminal_summary(terminalreporter, config):
         for first, *cells in lines:
             cells = "".join(f"{cell:>{max(7, width)}}" for cell in cells)
             terminalreporter.write_line(f"{first:32}{cells}")
+    if config.tables and (busy := load_of_others()):
+        terminalreporter.section("busy")
+        terminalreporter.write_line(
+            f"the load is {busy[0]:.1f} on {busy[1]} cores: other programs ran, so that these "
+            "figures are not to be trusted; run it again when they are done"
+        )
     if left := config.left_for_the_full_grid:
         done = len(terminalreporter.stats.get("passed", []))
         line = f"{left} more rows: add --full-grid, or name a file, as benchmarks/bench_cpu.py"
