@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.bench_cpu import compare, deepsparse, name_of, needs_deepsparse, needs_native
+from benchmarks import peers
+from benchmarks.bench_cpu import compare, deepsparse, name_of, needs_native
 from sparse_lth import SparseConv2d, SparseLinear, SparseSequential
 from sparse_lth.program.models import MODELS
 
@@ -39,8 +40,8 @@ def sparse_lenet_5(blocksize, density):
     return SparseSequential(*modules)
 
 
-@pytest.mark.parametrize("batch", [1, 16, 128, 1024])
-@pytest.mark.parametrize("blocksize", [(1, 1), (8, 1), (16, 1)])
+@pytest.mark.parametrize("batch", [1, 16, 128, 1024], ids="batch:{}".format)
+@pytest.mark.parametrize("blocksize", [(1, 1), (8, 1), (16, 1)], ids=name_of)
 def test_lenet_5(benchmark, tabulate, blocksize, batch):
     dense, sparse = MODELS["lenet-5"].build(), sparse_lenet_5(blocksize, 0.1)
     x = torch.rand(batch, 1, 28, 28)
@@ -59,9 +60,9 @@ def test_lenet_5(benchmark, tabulate, blocksize, batch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES, ids=name_of)
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("batch", [1, 16], ids="batch:{}".format)
 def test_layer(benchmark, tabulate, batch, layer, blocksize, layout):
     dense, sparse, x = layers(layer, blocksize, batch, layout)
     with torch.inference_mode():
@@ -79,7 +80,7 @@ def test_layer(benchmark, tabulate, batch, layer, blocksize, layout):
     tabulate(title, row, speedup, batch=batch)
 
 
-@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES, ids=name_of)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_training_step(benchmark, tabulate, layer, blocksize):
     dense, sparse, x = layers(layer, blocksize, 16, "NCHW")
@@ -98,9 +99,9 @@ def test_training_step(benchmark, tabulate, layer, blocksize):
     tabulate(title, layer, speedup, blocks=name_of(blocksize))
 
 
-@needs_deepsparse
-@pytest.mark.parametrize("batch", [1, 128, 1024])
-@pytest.mark.parametrize("blocksize", [(1, 1), (16, 1)])
+@peers.needs_deepsparse
+@pytest.mark.parametrize("batch", [1, 128, 1024], ids="batch:{}".format)
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 1)], ids=name_of)
 def test_lenet_5_in_deepsparse(benchmark, tabulate, tmp_path, blocksize, batch):
     sparse = sparse_lenet_5(blocksize, 0.1)
     pruned = [m.to_dense() if isinstance(m, SparseConv2d | SparseLinear) else m for m in sparse]
@@ -110,8 +111,8 @@ def test_lenet_5_in_deepsparse(benchmark, tabulate, tmp_path, blocksize, batch):
     tabulate(title, f"DeepSparse, {name_of(blocksize)}", speedup, batch=batch)
 
 
-@needs_deepsparse
-@pytest.mark.parametrize("blocksize", [(1, 1), (16, 1)])
+@peers.needs_deepsparse
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 1)], ids=name_of)
 @pytest.mark.parametrize("layer", [*LAYERS][:2])
 def test_layer_in_deepsparse(benchmark, tabulate, tmp_path, layer, blocksize):
     _, sparse, x = layers(layer, blocksize, 16, "NCHW")

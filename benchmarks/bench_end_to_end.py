@@ -110,7 +110,7 @@ def compare(benchmark, tabulate, network, batch, row, dtype, call, dense, expect
 
 
 @pytest.mark.parametrize("peer", peers.DENSE)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", BATCHES, ids="batch:{}".format)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_dense(benchmark, tabulate, tmp_path, network, batch, peer):
     make, dtype = peers.DENSE[peer]
@@ -126,7 +126,7 @@ def test_dense(benchmark, tabulate, tmp_path, network, batch, peer):
 @needs_native
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES, ids=name_of)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", BATCHES, ids="batch:{}".format)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_sparse(benchmark, tabulate, network, batch, blocksize, dtype):
     model, x = pruned(network, blocksize), input_of(network, batch)
@@ -146,8 +146,9 @@ def test_sparse(benchmark, tabulate, network, batch, blocksize, dtype):
     )
 
 
+@peers.needs_deepsparse
 @pytest.mark.parametrize("blocksize", BLOCKSIZES, ids=name_of)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", BATCHES, ids="batch:{}".format)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_deepsparse(benchmark, tabulate, tmp_path, network, batch, blocksize):
     model, x = pruned(network, blocksize, "eager"), input_of(network, batch)

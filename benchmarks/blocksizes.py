@@ -54,6 +54,7 @@ def table(found: Benchmark, blocksizes, densities) -> str:
 def plot(results: dict[int, Benchmark], shape, blocksizes, densities, path: Path) -> None:
     """A panel for each batch, a line for each blocksize."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(4 * len(results), 3.6), layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
@@ -64,8 +65,9 @@ def plot(results: dict[int, Benchmark], shape, blocksizes, densities, path: Path
         axes.axhline(1, color="0.5", linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="density", title=f"batch {batch}")
         axes.xaxis.set_minor_formatter("")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.set_xticks(densities, [f"{density:.0%}" for density in densities])
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].set_ylabel(f"speedup over the best dense {shape[0]}x{shape[1]}")
     panels[0].legend(fontsize="small")

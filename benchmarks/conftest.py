@@ -1,22 +1,50 @@
-"""Collects the rows of a benchmark run, and closes it with their speedups."""
+"""Collects the rows of a benchmark run, and closes it with their speedups.
+
+`pytest benchmarks` runs bench_here.py and, on a GPU, a part of the grid there. --full-grid runs
+all, and a file that is named runs whole.
+"""
 
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu, summary
+from sparse_lth.program.measure import load_of_others
+
+HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--full-grid", action="store_true", help="on a GPU, every case: hours instead of minutes"
+        "--full-grid",
+        action="store_true",
+        help="every benchmark, and on a GPU every case of each: hours instead of minutes",
     )
 
 
 def pytest_configure(config):
     config.tables = {}  # {(title, *names of a column's parts): {row: {column: value}}}
     config.gpu_rows = []
+    config.left_for_the_full_grid = 0
+    config.began = time.monotonic()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the rows that answer the first question, unless others were asked for."""
+    named = any(".py" in arg for arg in config.invocation_params.args)
+    if config.option.full_grid or named:
+        return
+    chosen, left = [], []
+    for item in items:
+        in_benchmarks = item.path.parent == HERE
+        wanted = item.path.name == "bench_here.py" or item.get_closest_marker("gpu")
+        (chosen if wanted or not in_benchmarks else left).append(item)
+    items[:] = chosen
+    config.left_for_the_full_grid = len(left)
+    config.hook.pytest_deselected(items=left)
 
 
 def pytest_generate_tests(metafunc):
@@ -86,4 +114,18 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section(title)
         for first, *cells in lines:
             cells = "".join(f"{cell:>{max(7, width)}}" for cell in cells)
-            terminalreporter.write_line(f"{first:28}{cells}")
+            terminalreporter.write_line(f"{first:32}{cells}")
+    if config.tables and (busy := load_of_others()):
+        terminalreporter.section("busy")
+        terminalreporter.write_line(
+            f"the load is {busy[0]:.1f} on {busy[1]} cores: other programs ran, so that these "
+            "figures are not to be trusted; run it again when they are done"
+        )
+    if left := config.left_for_the_full_grid:
+        done = len(terminalreporter.stats.get("passed", []))
+        line = f"{left} more rows: add --full-grid, or name a file, as benchmarks/bench_cpu.py"
+        if done:
+            minutes = left / done * (time.monotonic() - config.began) / 60
+            line += f"; about {max(1, round(minutes))} minutes here, at the pace of these rows"
+        terminalreporter.section("more")
+        terminalreporter.write_line(line)

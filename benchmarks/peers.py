@@ -14,9 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
 DEEPSPARSE = "SPARSE_LTH_DEEPSPARSE_PYTHON"
+needs_deepsparse = pytest.mark.skipif(
+    DEEPSPARSE not in os.environ,
+    reason=f"{DEEPSPARSE} names no interpreter that has DeepSparse 1.8",
+)
 Call = Callable[[], Tensor]
 
 
@@ -73,10 +78,43 @@ def openvino(model, x, folder, precision="f32", int8=False) -> Call:
     return call
 
 
+def torch_csr(model, x, folder) -> Call:
+    """model: an nn.Sequential of pruned linear layers and ReLUs"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "in beta state"
+        weights = [getattr(m, "weight", None) for m in model]
+        weights = [None if w is None else w.detach().to_sparse_csr() for w in weights]
+
+    def call() -> Tensor:
+        y = x
+        for module, weight in zip(model, weights, strict=True):
+            y = y.relu() if weight is None else (weight @ y.t()).t() + module.bias
+        return y
+
+    return call
+
+
+def scipy_csr(model, x, folder) -> Call:
+    """model: as that of `torch_csr`"""
+    layers = [
+        (csr_matrix(m.weight.detach().numpy()), m.bias.detach().numpy()[:, None])
+        if isinstance(m, nn.Linear)
+        else None
+        for m in model
+    ]
+    values = x.numpy().T
+
+    def call() -> Tensor:
+        y = values
+        for layer in layers:
+            y = y.clip(0) if layer is None else layer[0] @ y + layer[1]
+        return torch.from_numpy(y.T)
+
+    return call
+
+
 def deepsparse(model, x, folder) -> tuple[float, Tensor]:
     """The median seconds of a call, which another interpreter measures, and the output."""
-    if DEEPSPARSE not in os.environ:
-        pytest.skip(f"{DEEPSPARSE} names no interpreter that has DeepSparse 1.8")
     path, inputs, outputs = export(model, x, folder), folder / "x.npy", folder / "y.npy"
     np.save(inputs, x.numpy())
     script = Path(__file__).with_name("deepsparse_peer.py")
@@ -109,3 +147,4 @@ DENSE = {  # name: (function, dtype of its arithmetic)
     "OpenVINO bf16": (lambda *a: openvino(*a, "bf16"), "bfloat16"),
     "OpenVINO int8": (lambda *a: openvino(*a, int8=True), "int8"),
 }
+SPARSE = {"torch CSR": torch_csr, "scipy CSR": scipy_csr}  # of pruned networks, in float32

@@ -34,7 +34,7 @@ def on_page_markdown(markdown, page, config, files):
             return text
         return f"{image}[{text}]({'../' * here.count('/')}{there}{anchor or ''})"
 
-    return LINK.sub(rewrite, markdown)
+    return LINK.sub(rewrite, markdown).replace('src="docs/', 'src="')
 
 
 class Lists(griffe.Extension):

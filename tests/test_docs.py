@@ -29,7 +29,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python|pytest|pip|mkdocs|ruff|tensorboard) [^`]+)`")
 INDENTED = re.compile(r"^    ((?:pytest|python) .*)$", re.MULTILINE)
 REMEASURE = re.compile(r"<!-- remeasure: (\w.*?) -->", re.DOTALL)
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+LINK = re.compile(r"(?:\]\(|src=\")([^)\"\s]+)[)\"]")
 SLOW = re.compile("transformers|onnx.export")
 OTHERS = {
     "mkdocs": ("build", "serve"),
