@@ -223,7 +223,11 @@ class BlockSparse(nn.Module):
 
     def _set_indices(self, crow_indices: Tensor, col_indices: Tensor, kept: Tensor | None = None):
         for name, tensor in zip(INDEX_NAMES, (crow_indices, col_indices, kept), strict=True):
-            setattr(self, name, None if tensor is None else tensor.to(self.weight_values.device))
+            if tensor is not None:
+                tensor = tensor.to(self.weight_values.device)
+                with torch.inference_mode(False):  # whose tensors do not count what is written
+                    tensor = tensor.clone() if tensor.is_inference() else tensor
+            setattr(self, name, tensor)
 
     def _snapshot(self) -> Snapshot:
         """The last one while all that it was made of is unchanged, else a new one.

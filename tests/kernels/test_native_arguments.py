@@ -125,7 +125,7 @@ def test_null_is_an_address_where_there_is_no_batch():
 
 
 def test_a_layer_takes_what_the_one_before_it_gives():
-    second = LAYER | {"in": 7, "out": 3}
+    second = LAYER | {"in": 7, "out": 3, "program": 0}
     native.forward(*ARGUMENTS["forward"].values(), *second.values())
     second["in"] = 6
     with pytest.raises(ValueError, match="expected in_features 7 for layer 1, got 6"):
