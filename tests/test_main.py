@@ -93,7 +93,7 @@ def test_a_run_that_did_not_end_has_no_report(tmp_path, capsys):
         ["--prune_pc", "0.2"],
         ["--export-sparse"],
         ["--export-sparse", "--quantize", "int8"],
-        ["--export-sparse", "8x8", "--model", "lenet-5", "--rewind_step", "500it", "--seed", "3"],
+        ["--export-sparse", "8x8", "--model", "lenet-5", "--rewind", "500it", "--seed", "3"],
         ["--reinit", "--lr", "0.01", "--bs", "64", "--scope", "global", "--dataset", "digits"],
         ["--one-shot", "--prune_pc", "0.5", "--blocksize", "4x2", "--train-sparse", "off"],
     ],

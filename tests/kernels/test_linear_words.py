@@ -59,6 +59,23 @@ def test_bf16(name, blocksize, density):
                 check_bf16(*layer, batch)
 
 
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 2), (4, 1)])
+@pytest.mark.parametrize("name", linear_bf16.INSTRUCTION_SETS)
+def test_bf16_rounds_halves_to_even(name, blocksize):
+    """1 + 1/256 and 1 + 3/256 are halfway between two numbers of bfloat16."""
+    values, pattern, _ = random_layer(20, 2, blocksize, 1)
+    ones, grad = torch.ones_like(values).bfloat16(), torch.ones(2, 20).bfloat16()
+    halves = torch.tensor([[1, 1 / 256], [1 + 2 / 256, 1 / 256], [-1, -1 / 256]]).bfloat16()
+    with kernels.use_backend("native", name):
+        for x in (halves, halves.repeat(30, 1)):
+            y, even = kernels.linear(x, ones, pattern, None, 20), x.float().sum(1).bfloat16()
+            assert torch.equal(y, even[:, None].expand(len(x), 20))
+        x = halves[:2].T
+        dvalues = linear_bf16.sddmm(grad, x, pattern, blocksize[::-1])
+    dense = linear_torch.to_dense(dvalues, *pattern[:2], (20, 2))
+    assert torch.equal(dense, x.float().sum(0).bfloat16().expand(20, 2))
+
+
 def check_int8(weight, pattern, dense, batch):
     """Numbers whose steps are whole are exact; others are off by at most a step of their row."""
     out_features, in_features = dense.shape
