@@ -20,8 +20,9 @@ MOST_INPUTS = 1 << 16  # of an output: sums of more might not fit 32 bits
 
 
 class Int8Weight(NamedTuple):
-    """values: int8 (nnz, C, R); scales: (out_features,), what a 1 stands for; totals: int32
-    (out_features,), the sum of the values of an output, which its zero point is taken from"""
+    """values: int8 (nnz, C, R); scales: (out_features,), what a 1 stands for, of any float dtype;
+    totals: int32 (out_features,), the sum of the values of an output, which the zero point of x
+    meets"""
 
     values: Tensor
     scales: Tensor
@@ -29,11 +30,13 @@ class Int8Weight(NamedTuple):
 
 
 def quantized(values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Int8Weight:
-    """Symmetric, to the nearest of 255 steps; values: (nnz, C, R); shape: (out, in) features"""
+    """Symmetric, to the nearest of 255 steps, which bfloat16 is exact enough for: the weights are
+    rounded by what it makes of a step; values: (nnz, C, R); shape: (out, in) features"""
     dense = to_dense(values.float(), *pattern[:2], shape)
-    scales = dense.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    steps = dense.abs().amax(1) / 127
+    scales = steps.clamp(min=torch.finfo(torch.float32).tiny).bfloat16()
     R = values.shape[2]
-    padded = F.pad(scales, (0, -shape[0] % R), value=1.0).view(-1, R)
+    padded = F.pad(scales.float(), (0, -shape[0] % R), value=1.0).view(-1, R)
     numbers = (values / padded[pattern.row_indices][:, None]).round().clamp(-127, 127)
     numbers = torch.where(numbers.isfinite(), numbers, 0).to(torch.int8)
     return Int8Weight(numbers, scales, totals_of(numbers, pattern, shape))

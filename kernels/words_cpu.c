@@ -566,52 +566,36 @@ static TARGET void NAME(round)(const float *from, int64_t n, uint16_t *to)
 
 #if PER_WORD == 4
 /* Each row of x in 256 steps from its least to its largest number, 0 among them and exact. A row
-   that is not finite is NaN in every output. */
+   that is not finite is NaN in every output. The bits of floats are in their order as ints if
+   positive, and as unsigned ints if negative, in reverse: NaN and infinity are beyond the rest. */
 static TARGET void NAME(quantize)(const float *x, int64_t ldx, int64_t rows, int64_t in,
                                   uint8_t *to, int64_t packed, Scaling *scaling)
 {
     for (int64_t m = 0; m < rows; m++, x += ldx, to += 4 * packed) {
-        floats least = {0}, most = {0}, odd = {0}; /* odd: 0, or NaN */
-        int64_t k = 0;
-        for (; k < in; k += LANES) {
-            floats v = {0};
-            if (k + LANES <= in)
-                v = *(const floats *)(x + k);
-            else
-                memcpy(&v, x + k, (in - k) * sizeof(float));
-            const ints below = v < least, above = v > most;
-            least = (floats)(((ints)v & below) | ((ints)least & ~below));
-            most = (floats)(((ints)v & above) | ((ints)most & ~above));
-            odd += v - v;
+        int32_t most = 0;
+        uint32_t least = 0;
+        for (int64_t k = 0; k < in; k++) {
+            const Word bits = ((const Word *)x)[k];
+            most = (int32_t)bits > most ? (int32_t)bits : most;
+            least = bits > least ? bits : least;
         }
-        float low = 0, high = 0, wrong = 0;
-        for (int a = 0; a < LANES; a++) {
-            low = least[a] < low ? least[a] : low;
-            high = most[a] > high ? most[a] : high;
-            wrong += odd[a];
-        }
-        const float step = high / 255 - low / 255 + wrong;
-        const float inverse = step > 0x1p-120f && step < 0x1p120f ? 1 / step : 0;
+        float high, low = 0;
+        memcpy(&high, &most, 4);
+        if (least >> 31)
+            memcpy(&low, &least, 4);
+        const float step = high / 255 - low / 255;
+        const float inverse = step > 0x1p-120f && step < INFINITY ? 1 / step : 0;
         const float zero = (float)(int32_t)(0.5f - low * inverse);
-        scaling->scales[m] = inverse > 0 ? step : wrong; /* of 0 or NaN */
+        scaling->scales[m] = inverse > 0 ? step : step - step; /* of 0 or NaN */
         scaling->zeros[m] = (int32_t)zero;
         memset(to + in, 0, 4 * packed - in);
         if (inverse == 0) {
             memset(to, 0, in);
             continue;
         }
-        for (k = 0; k < in; k += LANES) {
-            const int64_t count = min64(LANES, in - k);
-            floats v = {0};
-            if (count == LANES)
-                v = *(const floats *)(x + k);
-            else
-                memcpy(&v, x + k, count * sizeof(float));
-            v = v * inverse + (zero + 0.5f); /* at least 0 */
-            const ints steps = __builtin_convertvector(v, ints), above = steps > 255;
-            const NAME(numbers) numbers =
-                __builtin_convertvector((steps & ~above) | (above & 255), NAME(numbers));
-            memcpy(to + k, &numbers, count);
+        for (int64_t k = 0; k < in; k++) {
+            const int32_t steps = (int32_t)(x[k] * inverse + (zero + 0.5f)); /* at least 0 */
+            to[k] = (uint8_t)(steps > 255 ? 255 : steps);
         }
     }
 }

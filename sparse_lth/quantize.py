@@ -18,7 +18,8 @@ from .layers import SparseLinear
 class Int8SparseLinear(nn.Module):
     """A `SparseLinear` with int8 weights, for inference: x (..., in_features) -> (..., outputs).
 
-    weight_values: int8 (nnz_blocks, C, R); weight_scales: (out_features,), what a 1 stands for
+    weight_values: int8 (nnz_blocks, C, R); weight_scales: (out_features,), what a 1 stands for, in
+        bfloat16 where `quantize_` made them
     weight_totals: int32 (out_features,), the sums of the outputs' weights, no part of a state_dict
     crow_indices, col_indices: as those of `SparseLinear`; bias: (out_features,) or None
 

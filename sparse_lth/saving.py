@@ -84,8 +84,9 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 "load_sparse(path, model) loads into any other"
             )
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and tensor.dtype != torch.float32:
-                raise TicketError(f"{path}: expected {name} in torch.float32, got {tensor.dtype}")
+            wanted = torch.bfloat16 if name.endswith(".weight_scales") else torch.float32
+            if tensor.is_floating_point() and tensor.dtype != wanted:
+                raise TicketError(f"{path}: expected {name} in {wanted}, got {tensor.dtype}")
             if not tensor.isfinite().all():
                 raise TicketError(f"{path}: expected finite numbers in {name}")
         model = BUILDERS[about["model"]]()

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import main
-from sparse_lth import SparseConv2d, SparseLinear, Ticket, load_sparse
+from sparse_lth import Int8SparseLinear, SparseConv2d, SparseLinear, Ticket, load_sparse
 from sparse_lth.program import data, measure
 from sparse_lth.program.flags import build_parser, command_of, flags_of, new_config
 from sparse_lth.program.folder import owned
@@ -92,7 +93,7 @@ def test_a_run_that_did_not_end_has_no_report(tmp_path, capsys):
         ["--prune_pc", "0.2"],
         ["--export-sparse"],
         ["--export-sparse", "--quantize", "int8"],
-        ["--export-sparse", "8x8", "--model", "lenet-5", "--rewind_step", "500it", "--seed", "3"],
+        ["--export-sparse", "8x8", "--model", "lenet-5", "--rewind", "500it", "--seed", "3"],
         ["--reinit", "--lr", "0.01", "--bs", "64", "--scope", "global", "--dataset", "digits"],
         ["--one-shot", "--prune_pc", "0.5", "--blocksize", "4x2", "--train-sparse", "off"],
     ],
@@ -126,6 +127,20 @@ def test_an_exported_lenet_5_keeps_a_tenth_of_all_its_weights(tmp_path, capsys):
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["stored_density"] == pytest.approx(stored / all_weights)
     assert not any("dense" in layer for layer in last["layers"])
+
+
+def test_an_exported_model_in_int8_is_a_thirtieth_of_the_dense_one(tmp_path):
+    flags = "--export-sparse", "--quantize", "int8", "--out-dir", tmp_path
+    assert _run(*QUICK, *flags) == 0
+    path = tmp_path / "sparse_model.safetensors"
+    layers = [type(m) for m in load_sparse(path).modules() if hasattr(m, "in_features")]
+    assert layers == [Int8SparseLinear, Int8SparseLinear, nn.Linear]
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    rows = {row["measure"]: row for row in last["rows"]}
+    assert rows["file size"]["pruned"] == path.stat().st_size
+    assert rows["file size"]["gain"] >= 30
+    in_float32 = Ticket.load(tmp_path / "ticket.safetensors").rounds[-1]["test_accuracy"]
+    assert rows["test accuracy"]["pruned"] == pytest.approx(100 * in_float32, abs=1)
 
 
 def test_what_stays_dense_is_said_beside_the_density(tmp_path, capsys):

@@ -67,6 +67,16 @@ def test_blocks(blocksize):
     check(linear_native.linear_grad_input(grad, values, pattern, 1030), grad, weight.T)
 
 
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_nan_reaches_only_kept_weights(activation):
+    values, pattern, weight = random_layer(65, 300, (1, 1), 0.1)
+    x = torch.randn(70, 300)
+    x[5, 17] = x[69, 299] = float("nan")
+    y = kernels.linear(x, values, pattern, None, 65, activation)
+    kept, wrong = (weight != 0).double(), x.isnan().double()
+    assert torch.equal(y.isnan(), wrong @ kept.T > 0)
+
+
 def test_much_code(threads):
     """Threads then share a tile."""
     values, pattern, weight = random_layer(600, 3000, (1, 1), 0.05)

@@ -59,6 +59,23 @@ def test_bf16(name, blocksize, density):
                 check_bf16(*layer, batch)
 
 
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 2), (4, 1)])
+@pytest.mark.parametrize("name", linear_bf16.INSTRUCTION_SETS)
+def test_bf16_rounds_halves_to_even(name, blocksize):
+    """1 + 1/256 and 1 + 3/256 are halfway between two numbers of bfloat16."""
+    values, pattern, _ = random_layer(20, 2, blocksize, 1)
+    ones, grad = torch.ones_like(values).bfloat16(), torch.ones(2, 20).bfloat16()
+    halves = torch.tensor([[1, 1 / 256], [1 + 2 / 256, 1 / 256], [-1, -1 / 256]]).bfloat16()
+    with kernels.use_backend("native", name):
+        for x in (halves, halves.repeat(30, 1)):
+            y, even = kernels.linear(x, ones, pattern, None, 20), x.float().sum(1).bfloat16()
+            assert torch.equal(y, even[:, None].expand(len(x), 20))
+        x = halves[:2].T
+        dvalues = linear_bf16.sddmm(grad, x, pattern, blocksize[::-1])
+    dense = linear_torch.to_dense(dvalues, *pattern[:2], (20, 2))
+    assert torch.equal(dense, x.float().sum(0).bfloat16().expand(20, 2))
+
+
 def check_int8(weight, pattern, dense, batch):
     """Numbers whose steps are whole are exact; others are off by at most a step of their row."""
     out_features, in_features = dense.shape
@@ -88,6 +105,38 @@ def test_int8(name, blocksize, density):
             dense = dense * weight.scales.double()[:, None]
             for batch in BATCHES[1:]:
                 check_int8(weight, pattern, dense, batch)
+
+
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 16), (8, 3)])
+def test_int8_weights_are_off_by_half_a_step(blocksize):
+    """A step is rounded to bfloat16, so it may be longer by 1/256."""
+    values, pattern, weight = random_layer(37, 50, blocksize, 0.5)
+    numbers, scales, _ = linear_int8.quantized(values, pattern, (37, 50))
+    dense = linear_torch.to_dense(numbers.double(), *pattern[:2], (37, 50))
+    error = (dense * scales.double()[:, None] - weight).abs()
+    assert (error <= weight.abs().amax(1, keepdim=True) / 254 * (1 + 2.0**-8)).all()
+
+
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 16), (8, 3)])
+@pytest.mark.parametrize("name", linear_int8.INSTRUCTION_SETS)
+def test_int8_inputs_are_off_by_half_a_step(name, blocksize):
+    """The weight is the identity. An input in steps is off by a few roundings of 255 in float32."""
+    pattern = random_layer(40, 40, blocksize, 1)[1]
+    numbers = torch.zeros(len(pattern.col_indices), *blocksize[::-1], dtype=torch.int8)
+    rows, cols = (torch.arange(size) for size in blocksize)
+    first_row, first_col = (
+        t[:, None, None] * size
+        for t, size in zip((pattern.row_indices, pattern.col_indices), blocksize, strict=True)
+    )
+    numbers[first_row + rows == first_col + cols[:, None]] = 1
+    ones = torch.ones(40)
+    weight = linear_int8.Int8Weight(numbers, ones, ones.int())
+    with kernels.use_backend("native", name):
+        for batch in (3, 70):
+            x = torch.randn(batch, 40)
+            y = linear_int8.linear(x, weight, pattern, None, 40)
+            step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 255
+            assert ((y - x).abs() <= step * (0.5 + 2.0**-12)).all()
 
 
 @pytest.mark.parametrize("blocksize", [(1, 1), (16, 16), (8, 3)])
