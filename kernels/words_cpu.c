@@ -585,14 +585,16 @@ static TARGET void NAME(quantize)(const float *x, int64_t ldx, int64_t rows, int
             memcpy(&low, &least, 4);
         const float step = high / 255 - low / 255;
         const float inverse = step > 0x1p-120f && step < INFINITY ? 1 / step : 0;
-        const float zero = (float)(int32_t)(0.5f - low * inverse);
-        scaling->scales[m] = inverse > 0 ? step : step - step; /* of 0 or NaN */
-        scaling->zeros[m] = (int32_t)zero;
-        memset(to + in, 0, 4 * packed - in);
-        if (inverse == 0) {
-            memset(to, 0, in);
+        if (inverse == 0) { /* all as good as 0, or not finite */
+            scaling->scales[m] = step - step; /* 0, or NaN */
+            scaling->zeros[m] = 0;
+            memset(to, 0, 4 * packed);
             continue;
         }
+        const float zero = (float)(int32_t)(0.5f - low * inverse);
+        scaling->scales[m] = step;
+        scaling->zeros[m] = (int32_t)zero;
+        memset(to + in, 0, 4 * packed - in);
         for (int64_t k = 0; k < in; k++) {
             const int32_t steps = (int32_t)(x[k] * inverse + (zero + 0.5f)); /* at least 0 */
             to[k] = (uint8_t)(steps > 255 ? 255 : steps);
