@@ -2,7 +2,7 @@ from sparse_lth.experiments.chains import TICKET, Chain, Plan, grid
 from sparse_lth.experiments.engine import run_one_by_one
 from sparse_lth.experiments.progress import Watch, count_networks
 
-PLAN = Plan(10, every=5, test_every=10, rewind_step="2it", dataset="digits")
+PLAN = Plan(10, every=5, test_every=10, rewind="2it", dataset="digits")
 DENSE = Chain("dense", 0, (), model="lenet-15-5")
 TICKETS = Chain(TICKET, 0, (3,), controls=("random reinit", "random mask"))
 
