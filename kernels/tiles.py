@@ -199,7 +199,8 @@ def fit(tile: Tile, case: Case, device: Device) -> Tile:
     else:
         loaded = tile.block_k * (tile.block_m + block_n)
     stages = max(1, min(tile.stages, device.shared_memory // (loaded * case.itemsize)))
-    warps = tile.warps if block_n > (32 if case.op == "sddmm" else 64) else min(4, tile.warps)
+    few = 64 if case.op != "sddmm" and case.width >= 8 else 32
+    warps = min(4, tile.warps) if block_n <= few else tile.warps
     return tile._replace(block_n=block_n, warps=warps, stages=stages)
 
 

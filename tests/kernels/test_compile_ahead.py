@@ -30,6 +30,10 @@ DEVICES = {
 }
 TARGETS = {name: GPUTarget("cuda", device.capability, 32) for name, device in DEVICES.items()}
 TARGETS |= {"gfx942": GPUTarget("hip", "gfx942", 64), "gfx1100": GPUTarget("hip", "gfx1100", 32)}
+newer = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8),
+    reason="older Triton wheels lack the linker for AMD's GPUs, and spill on sm_120",
+)
 MEASURED = ("sm_80", "sm_90")  # every tile; elsewhere those of a few cases
 BLOCKS = {  # height x width; the 16-bit types differ in one letter of an instruction
     "float16": [(16, 16), (64, 16), (128, 64)],
@@ -136,6 +140,7 @@ def test_every_tile(arch, op, dtype, block, batch, tmp_path):
         assert "wgmma" in ptx
 
 
+@newer
 @pytest.mark.parametrize("arch", [arch for arch in DEVICES if arch not in MEASURED])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("block", [(16, 16), (128, 64)])
@@ -169,6 +174,7 @@ def test_sums_in_parts(arch, op, tmp_path):
     assert compiled.spilled_bytes(tmp_path) == 0
 
 
+@newer
 @pytest.mark.parametrize("arch", DEVICES)
 @pytest.mark.parametrize("block", [(1, 1), (128, 16)])
 def test_unpacking(arch, block, tmp_path):
