@@ -65,7 +65,10 @@ class Ticket:
             moment = "when round 0 began" if rewind in ("init", None) else f"at {rewind} of round 0"
             text = f"Rewound before each round: every weight and bias, to what it was {moment}."
         if lasso:
-            text += f" A group lasso of {lasso} shrank whole blocks in every round but the last."
+            text += (
+                f" A group lasso of {lasso} shrank whole blocks in every round but the last, "
+                "those of the dense network, too, which is less accurate for it."
+            )
         return text
 
     def apply_(self, model: nn.Module, weights: str = "init") -> nn.Module:

@@ -481,20 +481,3 @@ def test_reinit_adds_a_control_to_each_round_and_finds_the_same_ticket(tmp_path,
     controls = [record for record in map(json.loads, lines) if record.get("control")]
     assert {record["control"] for record in controls} == {"reinit"}
     assert controls[-1]["test_accuracy"] == beside.rounds[-1]["reinit_test_accuracy"]
-
-
-def test_exported_blocks_come_by_the_recipe_unless_they_rewind():
-    recipe = {"rewind": "weights", "block_lasso": 0.05, "last_lr": "linear"}
-    plain = {"rewind": "init", "block_lasso": 0.0, "last_lr": "constant"}
-    export = {"export_blocksize": None}
-    for flags, expected in (
-        (export, recipe),
-        ({**export, "block_lasso": 0.5}, recipe | {"block_lasso": 0.5}),
-        ({**export, "rewind": "init"}, plain),
-        ({**export, "rewind": "9it"}, plain | {"rewind": "9it"}),
-        ({**export, "reinit": True}, plain),
-        ({**export, "model": "lenet-5"}, plain),
-        ({"blocksize": (16, 16)}, plain),
-    ):
-        config = new_config(flags)
-        assert {name: getattr(config, name) for name in recipe} == expected

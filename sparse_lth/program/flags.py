@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from .config import (
-    BLOCK_RECIPE,
     DATASETS,
     EPOCHS,
     LAST_LR,
@@ -48,9 +47,6 @@ def with_defaults(flags: dict) -> dict:
         model = MODELS[flags.get("model", RunConfig.model)]
         flags.setdefault("blocksize", model.blocksize)
         flags["export_blocksize"] = flags["export_blocksize"] or flags["blocksize"]
-        rewinds = flags.get("reinit") or flags.get("rewind", "weights") != "weights"
-        if flags["blocksize"] != (1, 1) and not rewinds:
-            flags = BLOCK_RECIPE | flags
     flags.setdefault("data_dir", os.environ.get("SPARSE_LTH_DATA", RunConfig.data_dir))
     if flags.get("device", "auto") == "auto":
         flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,18 +134,17 @@ def build_parser() -> argparse.ArgumentParser:
         "rewind",
         "where rounds begin: init: every weight and bias put back to its first value; as in 500it "
         "or 1ep: to its value at this step of round 0, and trained from there; weights: nothing is "
-        f"put back; with --export-sparse in blocks {BLOCK_RECIPE['rewind']}",
+        "put back",
     )
     add(
         "block_lasso",
-        "strength of a group lasso that shrinks whole blocks, in every round but the last; with "
-        f"--export-sparse in blocks {BLOCK_RECIPE['block_lasso']}, unless they rewind",
+        "strength of a group lasso that shrinks whole blocks, in every round but the last, that "
+        "of the dense network included",
         type=float,
     )
     add(
         "last_lr",
-        "learning rate of the last round: constant, or linear: it falls to 0; with --export-sparse "
-        f"in blocks {BLOCK_RECIPE['last_lr']}, unless they rewind",
+        "learning rate of the last round: constant, or linear: it falls to 0",
         choices=LAST_LR,
     )
     add(
