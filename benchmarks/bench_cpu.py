@@ -69,47 +69,29 @@ def ticket_layers(density, blocksize):
 @needs_native
 @pytest.mark.parametrize("batch", BATCHES, ids="batch:{}".format)
 @pytest.mark.parametrize("ticket", TICKETS)
-def test_lenet(benchmark, tabulate, ticket, batch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_lenet(benchmark, tabulate, dtype, ticket, batch):
     density, blocksize = TICKETS[ticket]
     network = SparseSequential(*ticket_layers(density, blocksize))
     dense, x = dense_lenet(), torch.rand(batch, 784)
-    with torch.inference_mode():
-        speedup = compare(
-            benchmark,
-            lambda: network(x),
-            lambda: dense(x),
-            backend="native",
-            shape=[batch, *LENET],
-            density=density,
-            blocksize=blocksize,
-        )
-    tabulate(LENET_TABLE, ticket, speedup, batch=batch)
-
-
-@needs_native
-@pytest.mark.parametrize("batch", BATCHES, ids="batch:{}".format)
-@pytest.mark.parametrize("ticket", TICKETS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_lenet_in_fewer_bits(benchmark, tabulate, dtype, ticket, batch):
-    density, blocksize = TICKETS[ticket]
-    network, x = SparseSequential(*ticket_layers(density, blocksize)), torch.rand(batch, 784)
-    dense, inputs = dense_lenet(), x.clone()
+    inputs = x
     if dtype == "int8":
         quantize_(network)
-    else:
-        network, x = network.bfloat16(), x.bfloat16()
+    elif dtype == "bfloat16":
+        network, inputs = network.bfloat16(), x.bfloat16()
     with torch.inference_mode():
         speedup = compare(
             benchmark,
-            lambda: network(x),
-            lambda: dense(inputs),
+            lambda: network(inputs),
+            lambda: dense(x),
             backend="native",
             shape=[batch, *LENET],
             dtype=dtype,
             density=density,
             blocksize=blocksize,
         )
-    tabulate(LENET_TABLE, f"{ticket}, {dtype}", speedup, batch=batch)
+    row = ticket if dtype == "float32" else f"{ticket}, {dtype}"
+    tabulate(LENET_TABLE, row, speedup, batch=batch)
 
 
 PEERS = {  # run, dtype, density

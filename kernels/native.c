@@ -106,7 +106,30 @@ static int ints(PyObject *const *args, Py_ssize_t nargs, Py_ssize_t n, long long
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* Reads the arguments of a call on layers: `head` ints, then `per_layer` for each; 0, or -1 with an
+   exception set. */
+static int ints_of_layers(PyObject *const *args, Py_ssize_t nargs, int head, int per_layer,
+                          long long *to)
+{
+    const Py_ssize_t n = (nargs - head) / per_layer;
+    if (n < 1 || n > MAX_LAYERS || nargs != head + n * per_layer) {
+        PyErr_Format(PyExc_TypeError, "expected %d ints and %d for each of 1 to %d layers, got %zd",
+                     head, per_layer, MAX_LAYERS, nargs);
+        return -1;
+    }
+    return ints(args, nargs, nargs, to);
+}
+
 /* The checks: each returns 0, or another number with a ValueError set. */
+
+static int check_follows(Py_ssize_t layer, long long out, long long in)
+{
+    if (in == out)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "expected in_features %lld for layer %zd, got %lld", out, layer,
+                 in);
+    return -1;
+}
 
 static int check_at_least(long long least, const char *name, long long value)
 {
@@ -220,12 +243,7 @@ static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t na
     Layer layers[MAX_LAYERS];
     const Py_ssize_t n = (nargs - HEAD) / PER_LAYER;
     (void)self;
-    if (n < 1 || n > MAX_LAYERS || nargs != HEAD + n * PER_LAYER) {
-        PyErr_Format(PyExc_TypeError, "expected %d ints and %d for each of 1 to %d layers, got %zd",
-                     HEAD, PER_LAYER, MAX_LAYERS, nargs);
-        return NULL;
-    }
-    if (ints(args, nargs, nargs, a))
+    if (ints_of_layers(args, nargs, HEAD, PER_LAYER, a))
         return NULL;
     for (Py_ssize_t j = 0; j < n; j++) {
         const long long *l = a + HEAD + j * PER_LAYER;
@@ -238,11 +256,8 @@ static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t na
                          layers[j].col) ||
             check_program(layers[j].program, &layers[j]))
             return NULL;
-        if (j && layers[j].in != layers[j - 1].out) {
-            PyErr_Format(PyExc_ValueError, "expected in_features %lld for layer %zd, got %lld",
-                         (long long)layers[j - 1].out, j, l[IN]);
+        if (j && check_follows(j, layers[j - 1].out, layers[j].in))
             return NULL;
-        }
     }
     const float *x = (float *)a[X];
     float *y = (float *)a[Y];

@@ -43,12 +43,7 @@ static PyObject *py_bf16_forward(PyObject *self, PyObject *const *args, Py_ssize
     Blocks blocks[MAX_LAYERS];
     const int n = (int)((nargs - HEAD) / PER_LAYER);
     (void)self;
-    if (n < 1 || n > MAX_LAYERS || nargs != HEAD + n * PER_LAYER) {
-        PyErr_Format(PyExc_TypeError, "expected %d ints and %d for each of 1 to %d layers, got %zd",
-                     HEAD, PER_LAYER, MAX_LAYERS, nargs);
-        return NULL;
-    }
-    if (ints(args, nargs, nargs, a))
+    if (ints_of_layers(args, nargs, HEAD, PER_LAYER, a))
         return NULL;
     for (int j = 0; j < n; j++) {
         const long long *l = a + HEAD + j * PER_LAYER;
@@ -61,11 +56,8 @@ static PyObject *py_bf16_forward(PyObject *self, PyObject *const *args, Py_ssize
                              .output_step = slots ? l[C] : 1, .input_step = slots ? 1 : l[R]};
         if (check_word_layer(&layers[j], blocks[j].values))
             return NULL;
-        if (j && layers[j].in != layers[j - 1].out) {
-            PyErr_Format(PyExc_ValueError, "expected in_features %lld for layer %d, got %lld",
-                         (long long)layers[j - 1].out, j, l[IN]);
+        if (j && check_follows(j, layers[j - 1].out, layers[j].in))
             return NULL;
-        }
     }
     if (check_word_call(&bf16_sets, a) ||
         check_word_rows("x", (void *)a[X], a[LDX], a[BATCH]) ||
