@@ -331,6 +331,7 @@ static PyObject *py_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t narg
 }
 
 #include "conv_calls.c"
+#include "unchanged.c"
 #include "words_calls.c"
 
 static PyMethodDef methods[] = {
@@ -345,6 +346,7 @@ static PyMethodDef methods[] = {
     {"bf16_forward", (PyCFunction)(void (*)(void))py_bf16_forward, METH_FASTCALL, NULL},
     {"int8_forward", (PyCFunction)(void (*)(void))py_int8_forward, METH_FASTCALL, NULL},
     {"bf16_sddmm", (PyCFunction)(void (*)(void))py_bf16_sddmm, METH_FASTCALL, NULL},
+    {"unchanged", (PyCFunction)(void (*)(void))py_unchanged, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -360,7 +362,7 @@ PyMODINIT_FUNC PyInit__native(void)
     openmp = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
     pthread_atfork(NULL, NULL, after_fork);
     PyObject *m = PyModule_Create(&module), *names = PyTuple_New(n_usable);
-    if (!m || !names)
+    if (!m || !names || add_names_of_tensors())
         return NULL;
     for (int i = 0; i < n_usable; i++)
         PyTuple_SET_ITEM(names, i, PyUnicode_FromString(usable[i]->name));

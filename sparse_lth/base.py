@@ -21,6 +21,7 @@ from .kernels import (
 from .kernels.linear_native import NESTED
 from .kernels.linear_torch import ACTIVATIONS, to_dense
 from .kernels.pattern import check_sizes
+from .kernels.unchanged import Held, unchanged
 from .lazy_weight import SparseWeight
 from .optimizers import forget
 
@@ -34,7 +35,7 @@ class Snapshot(NamedTuple):
 
     pattern: Pattern | None  # None where only a tracer can read the layer's tensors
     chain: Chain | None  # the native call, where it is possible
-    seen: tuple | None  # what the layer was then, see `_seen`; None if nothing can tell
+    seen: tuple[Held, ...] | None  # what the layer was then; None if nothing can tell
     alive: tuple[Tensor, ...]  # the memory of that, so that nothing else comes to lie there
 
 
@@ -235,36 +236,11 @@ class BlockSparse(nn.Module):
         ValueError, naming what is wrong, where the tensors of the layer do not fit each other.
         """
         last = self._last
-        if last is not None and last.seen is not None and self._is_as(last.seen):
+        if last is not None and last.seen is not None and unchanged(vars(self), last.seen):
             return last
         with _changing:
             self._last = made = self._take_snapshot()
         return made
-
-    def _is_as(self, seen: tuple) -> bool:
-        """Whether a call would compute the same function on the same memory. Every call asks."""
-        parameters, buffers = self._parameters, self._buffers
-        values, values_at, numbers, bias, bias_at = seen[:5]
-        kept, activation, crow, crow_at, crow_version, col, col_at, col_version = seen[5:]
-        try:
-            return (
-                parameters["weight_values"] is values
-                and values.data_ptr() == values_at
-                and values.numel() == numbers
-                and values.is_contiguous()
-                and parameters["bias"] is bias
-                and (bias is None or (bias.data_ptr() == bias_at and bias.is_contiguous()))
-                and buffers["crow_indices"] is crow
-                and crow._version == crow_version
-                and crow.data_ptr() == crow_at
-                and buffers["col_indices"] is col
-                and col._version == col_version
-                and col.data_ptr() == col_at
-                and buffers["weight_kept"] is kept
-                and self.activation == activation
-            )
-        except KeyError:  # one is no parameter or buffer any more
-            return False
 
     def _take_snapshot(self) -> Snapshot:
         tensors = self.weight_values, self.bias, *(getattr(self, name) for name in INDEX_NAMES)
@@ -419,7 +395,7 @@ class BlockSparse(nn.Module):
         self._set_indices(crow.clone(), col.clone(), None if kept is None else kept.clone())
 
 
-def _seen(tensors: tuple, alive: tuple, activation: str) -> tuple | None:
+def _seen(tensors: tuple, alive: tuple, activation: str) -> tuple[Held, ...] | None:
     """What a change of a layer changes. Values that are trained in place stay the same.
 
     None for tensors that may change without a sign, as those of inference mode do.
@@ -428,12 +404,13 @@ def _seen(tensors: tuple, alive: tuple, activation: str) -> tuple | None:
     in_order = values.is_contiguous() and (bias is None or bias.is_contiguous())
     if not in_order or crow.is_inference() or col.is_inference():
         return None
+    indices = zip(INDEX_NAMES, tensors[2:4], (crow, col), strict=False)
     return (
-        *(tensors[0], values.data_ptr(), values.numel()),
-        *(tensors[1], 0 if bias is None else bias.data_ptr()),
-        *(tensors[4], activation),
-        *(tensors[2], crow.data_ptr(), tensors[2]._version),
-        *(tensors[3], col.data_ptr(), tensors[3]._version),
+        Held.trained("weight_values", tensors[0], values),
+        Held.trained("bias", tensors[1], bias),
+        *(Held("_buffers", n, t, at.data_ptr(), None, t._version) for n, t, at in indices),
+        Held("_buffers", "weight_kept", tensors[4]),
+        Held(None, "activation", activation),
     )
 
 

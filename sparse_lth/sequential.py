@@ -8,6 +8,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from .conv import SparseConv2d
 from .kernels import Chain, ChainLayer, any_autocast, backend, is_traced
+from .kernels.unchanged import Held, unchanged
 from .layers import SparseLinear
 
 SMALL = 1 << 17  # weights of a dense layer that a chain may take: on larger ones torch is faster
@@ -20,27 +21,16 @@ class Prepared(NamedTuple):
     start: int  # where the chain begins
     flattens: bool  # whether with a Flatten, which is no part of its call
     chain: Chain | None
-    plain: list[tuple[dict, dict, dict]]  # `_ways` of the chain's modules
-    watched: list[tuple[dict, str, object]]  # what else says what a module computes
-    sparse: list[tuple[SparseLinear, tuple | None]]  # as `SparseLinear._seen` has them
-    dense: list[tuple[Tensor, int, torch.Size]]  # parameters, their addresses and shapes
+    hooks: list[dict]  # of the chain's modules: none, as long as a call is its class's
+    held: list[tuple[dict, tuple | None]]  # what the modules held, by their `__dict__`
 
     def is_current(self, modules: list[nn.Module]) -> bool:
-        if self.modules != modules:
+        if self.modules != modules or any(self.hooks):
             return False
-        for own, before, after in self.plain:
-            if before or after or "forward" in own:
+        for own, entries in self.held:
+            if entries is None or not unchanged(own, entries):
                 return False
-        for mapping, name, value in self.watched:
-            if mapping.get(name) is not value:
-                return False
-        for t, address, size in self.dense:
-            if t.data_ptr() != address or t.shape != size or not t.is_contiguous():
-                return False
-        for layer, seen in self.sparse:
-            if seen is None or not layer._is_as(seen):
-                return False
-        return True  # loops, since all() of a generator takes as long again
+        return True  # a loop, since all() of a generator takes as long again
 
 
 class SparseSequential(nn.Sequential):
@@ -65,7 +55,7 @@ class SparseSequential(nn.Sequential):
             return _run(modules, x)
         if prepared.start:
             x = _run(modules[: prepared.start], x)
-        if prepared.flattens:
+        if prepared.flattens and x.dim() != 2:
             x = x.flatten(1)
         return prepared.chain(x)
 
@@ -108,62 +98,58 @@ def _halves(module: nn.Module) -> bool:
 def _prepare(modules: list[nn.Module]) -> Prepared:
     parts = [_part(module) for module in modules]
     start = _tail(modules, parts)
-    layers, watched, sparse, dense = [], [], [], []
+    layers, hooks, held = [], [], []
     for module, part in zip(modules[start:], parts[start:], strict=True):
+        hooks += _hooks(module)
+        entries = (Held(None, "forward", None),)
         if part is not None:
             layers.append(part.layer)
-            watched += part.watched
-            sparse += part.sparse
-            dense += part.dense
+            entries = None if part.held is None else (*entries, *part.held)
         elif isinstance(module, nn.ReLU):
             layers[-1] = layers[-1]._replace(activation="relu")
         else:
-            watched += [(vars(module), "start_dim", 1), (vars(module), "end_dim", -1)]
+            entries += Held(None, "start_dim", 1), Held(None, "end_dim", -1)
+        held.append((vars(module), entries))
     one_type = len({layer.values.dtype for layer in layers}) == 1
     chain = Chain(layers) if one_type and len(layers) <= Chain.MAX_LAYERS else None
-    plain = [_ways(module) for module in modules[start:]]
     flattens = chain is not None and isinstance(modules[start], nn.Flatten)
-    return Prepared(modules, start, flattens, chain, plain, watched, sparse, dense)
+    return Prepared(modules, start, flattens, chain, hooks, held)
 
 
 class Part(NamedTuple):
-    """What a chain takes of a module, and for `Prepared` what says that it is unchanged."""
+    """What a chain takes of a module, and what the module held then, as in `Snapshot.seen`."""
 
     layer: ChainLayer
-    watched: list
-    sparse: list
-    dense: list
+    held: tuple[Held, ...] | None
 
 
 def _part(module: nn.Module) -> Part | None:
     """None if a chain cannot take it. All of it is of one moment, whatever other threads do."""
     if type(module) is SparseLinear:
         snapshot = module._snapshot()
-        if snapshot.chain is None:
-            return None
-        return Part(snapshot.chain.layers[0], [], [(module, snapshot.seen)], [])
+        return None if snapshot.chain is None else Part(snapshot.chain.layers[0], snapshot.seen)
     if type(module) is not nn.Linear:
         return None
-    parameters, shape = module._parameters, (module.out_features, module.in_features)
-    watched = [(parameters, name, parameters.get(name)) for name in ("weight", "bias")]
-    now = [(t, t.data) for *_, t in watched if t is not None]
-    weight, *rest = (memory for _, memory in now)
-    layer = ChainLayer(weight, None, rest[0] if rest else None, *shape[::-1])
-    fits = weight.shape == shape and all(t.shape == shape[:1] for t in rest)
+    shape = module.out_features, module.in_features
+    parameters = [module._parameters.get(name) for name in ("weight", "bias")]
+    weight, bias = (None if t is None else t.data for t in parameters)
+    if weight is None:
+        return None
+    layer = ChainLayer(weight, None, bias, *shape[::-1])
+    fits = weight.shape == shape and (bias is None or bias.shape == shape[:1])
     if not (fits and weight.numel() <= SMALL and Chain.takes(layer)):
         return None
-    dense = [(t, memory.data_ptr(), memory.shape) for t, memory in now]
-    return Part(layer, watched, [], dense)
+    held = zip(("weight", "bias"), parameters, (weight, bias), strict=True)
+    return Part(layer, tuple(Held.trained(*each) for each in held))
 
 
-def _ways(module: nn.Module) -> tuple[dict, dict, dict]:
-    """Where a module may have a forward of its own, and hooks; without, a call is its class's."""
-    return vars(module), module._forward_pre_hooks, module._forward_hooks
+def _hooks(module: nn.Module) -> tuple[dict, dict]:
+    return module._forward_pre_hooks, module._forward_hooks
 
 
 def _is_plain(module: nn.Module) -> bool:
-    own, *hooks = _ways(module)
-    return not any(hooks) and "forward" not in own
+    """Whether a call is that of its class: without hooks, or a forward of its own."""
+    return not any(_hooks(module)) and "forward" not in vars(module)
 
 
 def _tail(modules: list[nn.Module], parts: list[Part | None]) -> int:

@@ -1,0 +1,100 @@
+"""What a prepared call asks: whether a module still holds what it held, in Python and natively."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_lth.kernels import unchanged as module
+from sparse_lth.kernels.unchanged import Held, _unchanged
+
+BOTH = pytest.mark.parametrize("ask", {_unchanged, module.unchanged}, ids=lambda f: f.__name__)
+
+
+def _holder():
+    """A module, and what it holds: a trained parameter, an index, nothing, and an attribute."""
+    holder = nn.Linear(4, 3, bias=False)
+    holder.register_buffer("index", torch.arange(3))
+    holder.kind = "none"
+    held = (
+        Held.trained("weight", holder.weight, holder.weight.data),
+        Held.trained("bias", None, None),
+        Held("_buffers", "index", holder.index, holder.index.data_ptr(), None, 0),
+        Held(None, "kind", holder.kind),
+        Held(None, "forward", None),
+    )
+    return holder, held
+
+
+def _give_other_memory(holder):
+    holder.weight.data = holder.weight.data.clone()
+
+
+def _transpose(holder):
+    holder.weight.data = holder.weight.data.T
+
+
+def _shrink(holder):
+    holder.weight.data = holder.weight.data[:2]
+
+
+def _replace(holder):
+    holder.weight = nn.Parameter(holder.weight.data)
+
+
+def _remove(holder):
+    del holder._parameters["weight"]
+
+
+def _add(holder):
+    holder.bias = nn.Parameter(torch.zeros(3))
+
+
+def _write(holder):
+    holder.index.add_(1)
+
+
+def _set(holder):
+    holder.kind = "relu"
+
+
+def _patch(holder):
+    holder.forward = lambda x: x
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "change",
+    [_give_other_memory, _transpose, _shrink, _replace, _remove, _add, _write, _set, _patch],
+)
+def test_every_change_is_seen(ask, change):
+    holder, held = _holder()
+    alive = holder.weight.data  # so that nothing else comes to lie there
+    assert ask(vars(holder), held)
+    change(holder)
+    assert not ask(vars(holder), held)
+    del alive
+
+
+@BOTH
+def test_values_may_be_trained_in_place(ask):
+    holder, held = _holder()
+    with torch.no_grad():
+        holder.weight.add_(1)
+    assert ask(vars(holder), held)
+
+
+@BOTH
+def test_an_error_of_the_tensor_comes_through(ask):
+    holder, held = _holder()
+    broken = Held(None, "kind", holder.kind, 0)  # a str has no data_ptr
+    with pytest.raises(AttributeError, match="data_ptr"):
+        ask(vars(holder), (*held, broken))
+
+
+@pytest.mark.skipif(module.unchanged is _unchanged, reason="native kernels are not built")
+@pytest.mark.parametrize(
+    "arguments", [(), ({},), ([], ()), ({}, []), ({}, (1,)), ({}, ((1, 2),)), ({}, (("g",) * 6,))]
+)
+def test_native_raises_what_python_would_for_other_arguments(arguments):
+    with pytest.raises(TypeError, match="expected"):
+        module.unchanged(*arguments)
