@@ -6,12 +6,12 @@ from statistics import mean, stdev
 from rich.console import Console
 
 from sparse_lth.program.comparison import (
-    Mean,
     conclusion,
     groups_of,
     print_comparison,
     write_comparison,
 )
+from sparse_lth.program.means import Mean
 from tests.test_report import make_run, speed, timed
 
 
@@ -34,6 +34,7 @@ def test_the_mean_of_seeds_has_student_s_interval():
     assert found.value == mean(values)
     assert abs(found.half - 4.303 * stdev(values) / 3**0.5) < 1e-3  # t of 2 degrees of freedom
     assert found.text(".2f", " %") == "97.80 ± 0.75 %"
+    assert found.text(".2f", sign="+") == "+97.80 ± 0.75"
     assert Mean.of([97.5]).text(".2f", " %") == "97.50 %"
 
 

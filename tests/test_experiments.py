@@ -143,6 +143,16 @@ def test_without_ray_one_line_says_so(tmp_path, capsys, monkeypatch):
     assert error.count("\n") == 1
 
 
+def test_without_a_gpu_one_line_says_so_and_nothing_is_begun(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    folder = tmp_path / "results"
+    assert paper.main([*QUICK, "--device", "cuda", "--results", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --device: expected cpu, since torch sees no GPU here")
+    assert error.count("\n") == 1
+    assert not folder.exists()
+
+
 def test_a_folder_with_another_plan_is_refused(tmp_path, capsys):
     plan = Plan(iterations=11, dataset="digits")
     paper.remember(plan, tmp_path / "plan.json")

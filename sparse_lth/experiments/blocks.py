@@ -7,7 +7,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -15,9 +14,9 @@ from rich.table import Table
 from ..masks import density
 from ..program.config import BLOCK_RECIPE, RunConfig
 from ..program.lottery import Lottery
+from ..program.means import Mean
 from . import results
 from .engine import follow_parent, load_once
-from .evidence import interval
 
 COLUMNS = ("dataset", "recipe", "seed", "density", "validation_accuracy", "test_accuracy")
 KEPT = {"rewind": "weights", "last_lr": "linear"}  # what is best for single weights, too
@@ -104,19 +103,9 @@ def compare(rows: Sequence[dict], recipes: Sequence[Recipe]) -> Iterator[tuple[s
         differences = [own[seed] - others[seed] for seed in own if seed in others]
         if own:
             size, part = "x".join(map(str, recipe.blocksize)), f"{100 * recipe.density:g} %"
-            row = size, part, recipe.text, str(len(own)), _spread([*own.values()])
-            yield *row, "" if recipe is first else _spread(differences, "+")
-
-
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    """As in 98.12 ± 0.05; of a single value without the interval, of none empty."""
-    if not values:
-        return ""
-    text = f"{np.mean(values):{sign}.2f}"
-    if len(values) == 1:
-        return text
-    low, high = interval(values)
-    return f"{text} ± {(high - low) / 2:.2f}"
+            row = size, part, recipe.text, str(len(own)), Mean.of([*own.values()]).text(".2f")
+            beside = recipe is not first and differences
+            yield *row, Mean.of(differences).text(".2f", sign="+") if beside else ""
 
 
 def print_table(path: Path, recipes: Sequence[Recipe], dataset: str) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 from scipy.stats import ttest_1samp
 from statsmodels.stats.multitest import multipletests
 
+from ..program.means import Mean
+
 HOLDS, FAILS, UNDECIDED, UNTESTED = "holds", "does not hold", "not decided", "not tested"
 FEWEST = 5  # seeds: with fewer an interval says nothing
 LEVEL = 0.05  # of error, over all claims of a family together
@@ -30,19 +32,14 @@ def weigh(differences: Sequence[float], low: float, high: float) -> Evidence:
     p is that of the likelier, doubled for having looked at both. Differences that are equal but for
     rounding have no spread to judge by: p is 1.
     """
-    mean = float(np.mean(differences))
+    found = Mean.of(differences)
     bounds = [(b, side) for b, side in ((low, "greater"), (high, "less")) if np.isfinite(b)]
     if np.ptp(differences) < 1e-9:
-        return Evidence(mean, (mean, mean), 1.0, False)
+        return Evidence(found.value, (found.value, found.value), 1.0, False)
     within = [float(ttest_1samp(differences, b, alternative=side).pvalue) for b, side in bounds]
     holds, fails = max(within), len(within) * min(1 - p for p in within)
-    return Evidence(mean, interval(differences), min(1.0, 2 * min(holds, fails)), holds < fails)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Of two values or more: their mean is in it with 95 % confidence, by Student's t."""
-    found = ttest_1samp(values, 0).confidence_interval(0.95)
-    return float(found.low), float(found.high)
+    interval = found.value - found.half, found.value + found.half
+    return Evidence(found.value, interval, min(1.0, 2 * min(holds, fails)), holds < fails)
 
 
 def decide(family: Sequence[Evidence]) -> list[tuple[float, str]]:

@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def paper(flags: argparse.Namespace) -> None:
     """Trains what the results folder lacks, then measures and draws; on a GPU it only trains."""
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        raise EngineError("--device: expected cpu, since torch sees no GPU here, got cuda")
     folder = flags.results.resolve()  # workers elsewhere have working folders of their own
     data_dir = str(Path(flags.data_dir).expanduser().resolve())
     plan = (Plan.full if flags.full else Plan)(device=flags.device, data_dir=data_dir)

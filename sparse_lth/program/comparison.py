@@ -3,42 +3,22 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from rich.console import Console
 from rich.text import Text
-from scipy.stats import t
 
 from ..files import write
 from .charts import Axis, Chart, Series, linear, logarithmic
 from .findings import context, headline, percent, quantity
 from .flags import command_of, plain
+from .means import Mean
 from .pages import render
 from .report import print_table
 from .results import Run
 
 COLOURS = ("--test", "--validation", "--good", "--bad", "--ink", "--soft")
-
-
-@dataclass(frozen=True)
-class Mean:
-    """Of a figure over runs; half: of the 95 % interval of the mean, None for a single run"""
-
-    value: float
-    half: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Mean":
-        n = len(values)
-        half = t.ppf(0.975, n - 1) * stdev(values) / sqrt(n) if n > 1 else None
-        return cls(mean(values), half)
-
-    def text(self, form: str, unit: str = "") -> str:
-        """97.61 ± 0.21 %, with form .2f"""
-        interval = f" ± {self.half:{form}}" if self.half is not None else ""
-        return f"{self.value:{form}}{interval}{unit}"
 
 
 @dataclass(frozen=True)
