@@ -171,7 +171,7 @@ def _quick_times(calls):
 def test_the_whole_grid_without_tensorboard_and_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper, "find_spec", lambda name: None)
     monkeypatch.setattr(paper, "Plan", partial(Plan, levels=(15,)))
-    monkeypatch.setattr(paper, "in_turn", _quick_times)
+    monkeypatch.setattr("sparse_lth.experiments.latency.in_turn", _quick_times)
     flags = [*QUICK, "--workers", "2", "--results", str(tmp_path)]
     assert paper.main(flags) == 0
     assert "no TensorBoard curves: pip install tensorboard" in capsys.readouterr().out

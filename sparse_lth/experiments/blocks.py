@@ -1,24 +1,28 @@
 """Block tickets beside unstructured ones of the same density, trained alike from the same seeds."""
 
 import multiprocessing
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ..masks import density
 from ..program.config import BLOCK_RECIPE, RunConfig
 from ..program.lottery import Lottery
-from ..program.means import Mean
+from ..program.models import MODELS
+from ..program.tickets import make_ticket, sparse_network
+from ..saving import load_sparse, save_sparse
 from . import results
 from .engine import follow_parent, load_once
+from .latency import latency
 
-COLUMNS = ("dataset", "recipe", "seed", "density", "validation_accuracy", "test_accuracy")
+COLUMNS = (
+    *("dataset", "recipe", "seed", "density"),
+    *("validation_accuracy", "test_accuracy", "dense_accuracy"),
+)
+DENSE, MODEL = "dense", "lenet-300-100"
 KEPT = {"rewind": "weights", "last_lr": "linear"}  # what is best for single weights, too
 
 
@@ -35,9 +39,14 @@ class Recipe:
     settings: dict
 
     @property
+    def shape(self) -> str:
+        """Of its blocks, as in 16x4."""
+        return "x".join(map(str, self.blocksize))
+
+    @property
     def name(self) -> str:
-        """In the file of results."""
-        return f"{'x'.join(map(str, self.blocksize))} at {self.density}, {self.text}"
+        """In the files of results."""
+        return f"{self.shape} at {self.density}, {self.text}"
 
     def config(self, **data) -> RunConfig:
         settings = {"blocksize": self.blocksize, "prune_pc": 1 - self.density, "epochs": 4}
@@ -60,18 +69,19 @@ RECIPES = _recipes()
 
 
 def run(
-    path: Path, recipes: Sequence[Recipe], seeds: int, workers: int, dataset: str, data_dir: str
+    folder: Path, recipes: Sequence[Recipe], seeds: int, workers: int, dataset: str, data_dir: str
 ) -> None:
-    """Trains what the CSV at `path` lacks, a row for each training, and keeps it up to date."""
-    rows = results.read_rows(path, COLUMNS) if path.exists() else []
-    for row in rows:
-        row["seed"] = int(row["seed"])
+    """Trains what blocks.csv in the folder lacks, a row for each training, and keeps it up to date;
+    the networks of seed 0 are kept there, too, to be timed."""
+    path = folder / "blocks.csv"
+    (folder / "networks").mkdir(parents=True, exist_ok=True)
+    rows = read_rows(path) if path.exists() else []
     done = {(row["dataset"], row["recipe"], row["seed"]) for row in rows}
     wanted = [(recipe, seed) for recipe in recipes for seed in range(seeds)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, follow_parent) as pool:
         futures = [
-            pool.submit(train, recipe, seed, dataset, data_dir)
+            pool.submit(train, recipe, seed, dataset, data_dir, folder)
             for recipe, seed in wanted
             if (dataset, recipe.name, seed) not in done
         ]
@@ -81,38 +91,34 @@ def run(
             print("{recipe}, seed {seed}: {test_accuracy:.2%}".format(**rows[-1]), flush=True)
 
 
-def train(recipe: Recipe, seed: int, dataset: str, data_dir: str) -> dict:
+def read_rows(path: Path) -> list[dict]:
+    return [row | {"seed": int(row["seed"])} for row in results.read_rows(path, COLUMNS)]
+
+
+def train(recipe: Recipe, seed: int, dataset: str, data_dir: str, folder: Path) -> dict:
     """One search to its end, on one thread -> a row of the results"""
     torch.set_num_threads(1)
     data = load_once(dataset, data_dir, "cpu")
     *_, state = Lottery(recipe.config(seed=seed, dataset=dataset), data).states()
+    ticket = make_ticket(state)
+    if seed == 0:
+        network = sparse_network(ticket, recipe.blocksize)
+        save_sparse(network, network_path(folder, recipe, dataset), MODEL)
+    dense, *_, last = ticket.rounds
     values = (dataset, recipe.name, seed, density(state.masks))
-    accuracies = {name: state.history[-1][name] for name in COLUMNS[len(values) :]}
-    return dict(zip(COLUMNS, values, strict=False)) | accuracies
+    accuracies = last["validation_accuracy"], last["test_accuracy"], dense["test_accuracy"]
+    return dict(zip(COLUMNS, (*values, *accuracies), strict=True))
 
 
-def compare(rows: Sequence[dict], recipes: Sequence[Recipe]) -> Iterator[tuple[str, ...]]:
-    """A line of the table for each recipe that has results: means over seeds, with 95 % intervals,
-    and those of the differences, seed by seed, to the first recipe of this density."""
-    found = defaultdict(dict)
-    for row in rows:
-        found[row["recipe"]][row["seed"]] = 100 * row["test_accuracy"]
-    for recipe in sorted(recipes, key=lambda recipe: -recipe.density):
-        first = next(other for other in recipes if other.density == recipe.density)
-        own, others = found[recipe.name], found[first.name]
-        differences = [own[seed] - others[seed] for seed in own if seed in others]
-        if own:
-            size, part = "x".join(map(str, recipe.blocksize)), f"{100 * recipe.density:g} %"
-            row = size, part, recipe.text, str(len(own)), Mean.of([*own.values()]).text(".2f")
-            beside = recipe is not first and differences
-            yield *row, Mean.of(differences).text(".2f", sign="+") if beside else ""
+def network_path(folder: Path, recipe: Recipe, dataset: str) -> Path:
+    name = recipe.name.replace(" ", "_").replace(",", "").replace("₀", "0")
+    return folder / "networks" / f"{dataset}-{name}.safetensors"
 
 
-def print_table(path: Path, recipes: Sequence[Recipe], dataset: str) -> None:
-    table = Table(title="Test accuracy of tickets in %, mean and 95 % interval", box=None)
-    for name in ("blocks", "density", "training", "seeds", "accuracy", "minus unstructured"):
-        table.add_column(name)
-    rows = [row for row in results.read_rows(path, COLUMNS) if row["dataset"] == dataset]
-    for line in compare(rows, recipes):
-        table.add_row(*line)
-    Console().print(table)
+def measure(folder: Path, recipes: Sequence[Recipe], dataset: str) -> None:
+    """Times the networks of seed 0 beside the dense one, and writes latency.csv."""
+    paths = {recipe.name: network_path(folder, recipe, dataset) for recipe in recipes}
+    tickets = {name: load_sparse(path) for name, path in paths.items() if path.exists()}
+    dense = {DENSE: MODELS[MODEL].new(torch.Generator()).eval()}
+    rows = latency(tickets, dense, DENSE)
+    results.write([{"recipe": name} | row for name, row in rows.items()], folder / "latency.csv")

@@ -115,7 +115,7 @@ def blocks(trainings: list[Training]) -> Figure:
         speed.plot(density, speedup, color=COLOURS[name], linestyle="--", linewidth=1)
     speed.set_ylabel("speedup over dense, batch 1 (dashed)")
     speed.set_yscale("log")
-    _plain(speed.yaxis)
+    plain_numbers(speed.yaxis)
     speed.axhline(1, color="#999999", linewidth=0.8, linestyle=":")
     _from_top(axes, 6)
     _label(axes, "", "weights kept (%)", "test accuracy at early stop (%)", "lower center")
@@ -131,7 +131,7 @@ def latency(trainings: list[Training]) -> Figure:
         _against_latency(axes, pruned, f"ticket, {name}", COLOURS[name])
     _against_latency(axes, dense_networks(trainings), "dense, narrower", COLOURS["dense"])
     axes.set_xscale("log")
-    _plain(axes.xaxis)
+    plain_numbers(axes.xaxis)
     _from_top(axes, 6)
     _label(axes, "", "latency at batch 1 (µs, log scale)", "test accuracy at early stop (%)")
     return figure
@@ -167,7 +167,7 @@ def _against_density(
     x = [100 * network[0][0]["density"] for network in networks]
     _bars(axes, x, networks, measure, label, COLOURS[label])
     axes.set_xscale("log")
-    _plain(axes.xaxis)
+    plain_numbers(axes.xaxis)
     axes.set_xlim(120, 3)
 
 
@@ -203,7 +203,7 @@ def _from_top(axes: Axes, points: float) -> None:
     axes.set_ylim(max(low, top - points), min(high, top + points / 10))
 
 
-def _plain(axis) -> None:
+def plain_numbers(axis) -> None:
     """Numbers as they are said, on a log axis."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -4,30 +4,24 @@ import argparse
 import json
 import os
 import sys
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..files import FormatError, write
-from ..kernels import backend
 from ..program.config import DATASETS
 from ..program.data import DataError, load
 from ..program.lottery import State
-from ..program.measure import device_name
 from ..program.models import NARROW
 from ..program.training import TrainingError
 from ..saving import load_sparse
-from ..sequential import SparseSequential
-from ..timing import in_turn
 from . import results
 from .chains import NETWORKS, ROW, TICKET, Chain, Plan, chain_path, grid, is_measured, network_path
 from .engine import EngineError, run_pool, run_ray
+from .latency import latency
 from .stack import run_stacked
 
 
@@ -105,47 +99,24 @@ def collect(chains: Sequence[Chain], folder: Path) -> list[dict]:
 
 
 def measure(folder: Path) -> None:
-    """Times the kept tickets as block-sparse layers and the dense networks, one thread and one
-    image, and writes latency.csv, if it is not there.
-
-    A dense network is run as plain layers and in one call, as tickets are, and the faster counts:
-    what is compared is sparsity.
-    """
+    """Times the kept tickets as block-sparse layers and the dense networks, and writes latency.csv,
+    if it is not there."""
     path = folder / "latency.csv"
     if path.exists():
         return
     print("measuring the networks' latency", flush=True)
-    networks, dense = {}, {}
+    tickets, dense = {}, {}
     for chain in filter(is_measured, grid(Plan.full(), 1)):
         for level in (0, *chain.levels):
             file = network_path(folder, chain, level)
             if file.exists():
-                kept = dense if level == 0 else networks
+                kept = dense if level == 0 else tickets
                 kept[chain.method, chain.model, chain.shape, level] = load_sparse(file)
     for name, kind in NARROW.items():
         dense["dense", name, "1x1", 0] = kind.new(torch.Generator()).eval()
-    forms = {(key, "one call"): network for key, network in networks.items()}
-    for key, network in dense.items():
-        layers = OrderedDict(network.named_children())
-        forms[key, "layers"] = nn.Sequential(layers).eval()
-        forms[key, "one call"] = SparseSequential(layers).eval()
-    threads, times, image = torch.get_num_threads(), {}, torch.zeros(1, 1, 28, 28)
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            measured = in_turn({key: partial(form, image) for key, form in forms.items()})
-    finally:
-        torch.set_num_threads(threads)
-    for (key, _), form in measured.items():
-        times[key] = min(times.get(key, form), form, key=lambda form: form.p50)
-    unpruned = times[TICKET, "lenet-300-100", "1x1", 0].p50
-    machine = dict(zip(results.MACHINE, (device_name("cpu"), 1, backend(image).name), strict=True))
-    rows = []
-    for key, form in times.items():
-        values = (1e6 * form.p50, 1e6 * form.p20, 1e6 * form.p80, unpruned / form.p50)
-        network = dict(zip(results.NETWORK, key, strict=True))
-        rows.append(network | dict(zip(results.TIMES, values, strict=True)) | machine)
-    results.write(rows, path)
+    timed = latency(tickets, dense, (TICKET, "lenet-300-100", "1x1", 0))
+    networks = [dict(zip(results.NETWORK, key, strict=True)) for key in timed]
+    results.write([n | t for n, t in zip(networks, timed.values(), strict=True)], path)
 
 
 def draw(folder: Path) -> None:
@@ -170,15 +141,16 @@ def remeasure(flags: argparse.Namespace) -> None:
 
 
 def blocks(flags: argparse.Namespace) -> None:
-    """Trains what the results folder lacks, and prints the table of block tickets."""
-    from .blocks import RECIPES, print_table
-    from .blocks import run as train
+    """Trains what the results folder lacks, times the networks, and shows accuracy and speed."""
+    from . import blocks as tickets
+    from .blocks_table import report
 
     data_dir = str(Path(flags.data_dir).expanduser().resolve())
     dataset = load(flags.dataset, data_dir, "cpu", notify=print).name
-    path = flags.results / "blocks.csv"
-    train(path, RECIPES, flags.replicates, flags.workers, dataset, data_dir)
-    print_table(path, RECIPES, dataset)
+    folder, recipes = flags.results, tickets.RECIPES
+    tickets.run(folder, recipes, flags.replicates, flags.workers, dataset, data_dir)
+    tickets.measure(folder, recipes, dataset)
+    report(folder, recipes, dataset)
 
 
 def build_parser() -> argparse.ArgumentParser:
