@@ -140,34 +140,6 @@ static TARGET void NAME(conv_grad_input)(const Layer *l, const int32_t *slots,
         }
 }
 
-/* The gradient of the weights of output o over nv vectors of positions: grad (positions), x as in
-   conv_tile. The dot products are added up LANES at a time, by a transpose. */
-INLINE void NAME(conv_grad_weight_tile)(const int nv, const Gradient *s, const int32_t *offsets,
-                                        int64_t o, const float *grad, const float *x)
-{
-    const int64_t R = s->R, C = s->C, i = o / R, last = s->crow[i + 1];
-    vec g[8], dots[LANES] = {{0}};
-    float *to[LANES];
-    int count = 0;
-    UNROLL for (int v = 0; v < nv; v++) g[v] = LOAD(grad + v * LANES);
-    for (int64_t n = s->crow[i]; n < last; n++) {
-        const int64_t k = s->col[n] * C, inside = min64(C, s->in - k);
-        for (int64_t c = 0; c < inside; c++) {
-            const float *p = x + offsets[k + c];
-            vec even = g[0] * LOAD(p), odd = {0};
-            UNROLL for (int v = 1; v < nv; v += 2) odd += g[v] * LOAD(p + v * LANES);
-            UNROLL for (int v = 2; v < nv; v += 2) even += g[v] * LOAD(p + v * LANES);
-            dots[count] = even + odd;
-            to[count++] = s->values + (n * C + c) * R + o % R;
-            if (count == LANES) {
-                NAME(flush)(dots, to, count, 0);
-                count = 0;
-            }
-        }
-    }
-    NAME(flush)(dots, to, count, 0);
-}
-
 /* Adds to the gradient of the weights of output o: grad (vectors * LANES), x as in conv_tile */
 static TARGET void NAME(conv_grad_weight)(const Gradient *s, const int32_t *offsets, int64_t o,
                                           const float *grad, const float *x, int64_t vectors)
@@ -177,7 +149,7 @@ static TARGET void NAME(conv_grad_weight)(const Gradient *s, const int32_t *offs
         const int64_t v = vectors * a / groups, nv = vectors * (a + 1) / groups - v;
         const float *from = grad + v * LANES, *with = x + v * LANES;
 #define TILE(n)                                                                                    \
-    case n: NAME(conv_grad_weight_tile)(n, s, offsets, o, from, with); break;
+    case n: NAME(gradient_of)(n, s, o, from, with, offsets, 0); break;
         switch (nv) {
             TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8)
         }

@@ -82,45 +82,82 @@ static TARGET void NAME(sddmm_tall8)(const Gradient *s, int64_t begin, int64_t e
 }
 #endif
 
-/* Adds up each of the vectors v[0 .. LANES] and puts `count` of the sums where `to` says. */
-INLINE void NAME(flush)(vec *v, float **to, int count, int first)
+/* Adds up each of the vectors v[0 .. LANES]; v[0] is then the sums. Each round halves the vectors. */
+INLINE void NAME(add_up)(vec *v)
 {
-    NAME(transpose_block)(v);
-    vec sum = v[0];
-    UNROLL for (int a = 1; a < LANES; a++) sum += v[a];
-    for (int a = 0; a < count; a++)
-        *to[a] = sum[a] + (first ? 0 : *to[a]);
+#define FOLD(d, LO, HI)                                                                            \
+    UNROLL for (int i = 0; i < LANES; i += 2 * (d))                                                \
+        v[i] = __builtin_shufflevector(v[i], v[i + (d)], LO) +                                     \
+               __builtin_shufflevector(v[i], v[i + (d)], HI);
+    FOLD(1, EACH4(LO1), EACH4(HI1))
+    FOLD(2, EACH4(LO2), EACH4(HI2))
+#if LANES >= 8
+    FOLD(4, LO4, HI4)
+#endif
+#if LANES >= 16
+    FOLD(8, LO8, HI8)
+#endif
+#undef FOLD
 }
 
-/* Outputs begin .. end on a panel of nv vectors: grad (out, nv * LANES), x (in, nv * LANES). The
-   dot products are added up LANES at a time, by a transpose. */
+/* to[j * R] (+)= the dot product of g, nv vectors of grad, with those of input inputs[j], for the
+   first `count` of LANES inputs. Those of input k are at x + offsets[k], or follow each other. */
+INLINE void NAME(dots)(const int nv, const vec *g, const float *x, const int32_t *offsets,
+                       const int32_t *inputs, int count, float *to, int64_t R, int first)
+{
+    vec sums[LANES];
+    UNROLL for (int j = 0; j < LANES; j++) {
+        const int64_t k = inputs[j];
+        const float *xk = x + (offsets ? offsets[k] : k * nv * LANES);
+        vec even = g[0] * LOAD(xk), odd = {0};
+        UNROLL for (int v = 1; v < nv; v += 2) odd += g[v] * LOAD(xk + v * LANES);
+        UNROLL for (int v = 2; v < nv; v += 2) even += g[v] * LOAD(xk + v * LANES);
+        sums[j] = even + odd;
+    }
+    NAME(add_up)(sums);
+    if (R == 1 && count == LANES)
+        STORE(to, first ? sums[0] : (vec)(sums[0] + LOAD(to)));
+    else
+        for (int j = 0; j < count; j++)
+            to[j * R] = sums[0][j] + (first ? 0 : to[j * R]);
+}
+
+/* The weights of output o for nv vectors of grad and of each input, as `dots` reads them; the first
+   such vectors of a call set what the others add to. The weights of an output lie R apart, whatever
+   C is, and padding is the last of them. */
+INLINE void NAME(gradient_of)(const int nv, const Gradient *s, int64_t o, const float *grad,
+                              const float *x, const int32_t *offsets, int first)
+{
+    const int64_t R = s->R, C = s->C, begin = s->crow[o / R], blocks = s->crow[o / R + 1] - begin;
+    const int32_t *col = s->col + begin;
+    const int64_t padding = blocks ? max64(0, (col[blocks - 1] + 1) * C - s->in) : 0;
+    float *to = s->values + begin * C * R + o % R;
+    int64_t n = 0, c = 0;
+    vec g[8];
+    UNROLL for (int v = 0; v < nv; v++) g[v] = LOAD(grad + v * LANES);
+    for (int64_t left = blocks * C - padding; left > 0; left -= LANES, to += LANES * R) {
+        const int count = (int)min64(left, LANES);
+        int32_t some[LANES] = {0};
+        const int32_t *inputs = some;
+        if (C == 1 && count == LANES) {
+            inputs = col + n;
+            n += LANES;
+        } else
+            for (int j = 0; j < count; j++) {
+                some[j] = (int32_t)(col[n] * C + c);
+                if (++c == C)
+                    c = 0, n++;
+            }
+        NAME(dots)(nv, g, x, offsets, inputs, count, to, R, first);
+    }
+}
+
+/* Outputs begin .. end on a panel of nv vectors: grad (out, nv * LANES), x (in, nv * LANES). */
 INLINE void NAME(sddmm_wide_rows)(const int nv, const Gradient *s, int64_t begin, int64_t end,
                                   const float *grad, const float *x, int first)
 {
-    const int64_t R = s->R, C = s->C, lanes = nv * LANES;
-    vec dots[LANES] = {{0}};
-    float *to[LANES];
-    int count = 0;
-    for (int64_t o = begin; o < end; o++) {
-        vec g[8];
-        UNROLL for (int v = 0; v < nv; v++) g[v] = LOAD(grad + o * lanes + v * LANES);
-        for (int64_t n = s->crow[o / R]; n < s->crow[o / R + 1]; n++) {
-            const int64_t k = s->col[n] * C, inside = min64(C, s->in - k);
-            for (int64_t c = 0; c < inside; c++) {
-                const float *xk = x + (k + c) * lanes;
-                vec even = g[0] * LOAD(xk), odd = {0};
-                UNROLL for (int v = 1; v < nv; v += 2) odd += g[v] * LOAD(xk + v * LANES);
-                UNROLL for (int v = 2; v < nv; v += 2) even += g[v] * LOAD(xk + v * LANES);
-                dots[count] = even + odd;
-                to[count++] = s->values + (n * C + c) * R + o % R;
-                if (count == LANES) {
-                    NAME(flush)(dots, to, count, first);
-                    count = 0;
-                }
-            }
-        }
-    }
-    NAME(flush)(dots, to, count, first);
+    for (int64_t o = begin; o < end; o++)
+        NAME(gradient_of)(nv, s, o, grad + o * nv * LANES, x, NULL, first);
 }
 
 static TARGET void NAME(sddmm_wide)(const Gradient *s, int64_t begin, int64_t end,

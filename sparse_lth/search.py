@@ -77,9 +77,9 @@ class Search:
     rewind: "init", to the weights that the model came with, or that `mark_rewind` marked, or
         "weights", which keeps the trained ones (learning-rate rewinding).
     block_lasso: the strength of a group lasso that shrinks whole blocks (`lasso.py`) in every round
-        but the last, by itself, after each step of a torch optimizer on the model's Parameters;
-        ValueError after a round without one. For blocks, with rewind="weights", where 0.05 did
-        best on MNIST; a round should have 2,000 steps or so.
+        between the dense one and the last, by itself, after each step of a torch optimizer on the
+        model's Parameters; ValueError after a round without one. For blocks, with rewind="weights",
+        where 0.05 did best on MNIST; a round should have 2,000 steps or so.
     rates: layers that are pruned at a share of the common rate, as in {"head": 0.5}.
     levels: the rounds to train, if not all: (rounds,) prunes in one shot.
     filter_fn: (module, name) -> whether this linear or convolutional layer may be pruned, by
@@ -154,9 +154,9 @@ class Search:
 
     @contextmanager
     def _lasso(self) -> Iterator[None]:
-        """What is trained inside is shrunk by the lasso, but in the last round."""
+        """What is trained inside is shrunk by the lasso, but in the first round and the last."""
         strength = self.settings["block_lasso"]
-        if not strength or self.round == len(self.schedule):
+        if not strength or not 0 < self.round < len(self.schedule):
             yield
             return
         lasso = BlockLasso(self.model, self.masks, self.blocksize, strength)

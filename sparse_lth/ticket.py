@@ -66,8 +66,8 @@ class Ticket:
             text = f"Rewound before each round: every weight and bias, to what it was {moment}."
         if lasso:
             text += (
-                f" A group lasso of {lasso} shrank whole blocks in every round but the last, "
-                "those of the dense network, too, which is less accurate for it."
+                f" A group lasso of {lasso} shrank whole blocks in every round between the dense "
+                "one and the last."
             )
         return text
 

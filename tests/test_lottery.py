@@ -138,7 +138,9 @@ def test_without_rewinding_a_round_goes_on_and_its_start_is_the_init_of_the_tick
 
 
 @pytest.mark.parametrize("train_sparse", ["on", "off"])
-def test_the_lasso_shrinks_blocks_in_every_round_but_the_last(tiny, train_sparse):
+def test_the_lasso_shrinks_blocks_in_every_round_between_the_dense_one_and_the_last(
+    tiny, train_sparse
+):
     # Adam moves next to nothing at this rate, and a block loses 8 steps of lr * strength * sqrt(24)
     config = replace(LASSO, train_sparse=train_sparse, lr=1e-9, block_lasso=1e6)
     for state in search(config, tiny):

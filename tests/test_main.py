@@ -93,6 +93,11 @@ def test_a_run_that_did_not_end_has_no_report(tmp_path, capsys):
         ["--prune_pc", "0.2"],
         ["--export-sparse"],
         ["--export-sparse", "--quantize", "int8"],
+        ["--export-sparse", "--rewind", "init"],
+        ["--export-sparse", "--block_lasso", "0.1", "--rewind", "weights", "--last_lr", "linear"],
+        ["--export-sparse", "--last_lr", "linear", "--blocksize", "16x4"],
+        ["--export-sparse", "4x4", "--blocksize", "1x1"],
+        ["--export-sparse", "--reinit"],
         ["--export-sparse", "8x8", "--model", "lenet-5", "--rewind", "500it", "--seed", "3"],
         ["--reinit", "--lr", "0.01", "--bs", "64", "--scope", "global", "--dataset", "digits"],
         ["--one-shot", "--prune_pc", "0.5", "--blocksize", "4x2", "--train-sparse", "off"],
@@ -112,6 +117,19 @@ def test_without_flags_of_a_search_it_is_one_worth_seeing():
     for flags in ({}, {"dataset": "digits", "seed": 1}):
         assert new_config(flags) == new_config({**flags, "export_blocksize": None})
     assert new_config({"epochs": 2}).export_blocksize is None
+
+
+def test_blocks_to_export_are_trained_as_is_best_for_blocks_unless_flags_say_how():
+    def how(**flags):
+        config = new_config({"export_blocksize": None, **flags})
+        return config.rewind, config.block_lasso, config.last_lr
+
+    assert how() == how(blocksize=(8, 4)) == ("weights", 0.05, "linear")
+    assert how(blocksize=(1, 1)) == how(model="lenet-5") == ("init", 0, "constant")
+    assert how(rewind="init") == how(reinit=True) == ("init", 0, "constant")
+    assert how(rewind="weights") == ("weights", 0, "constant")
+    config = new_config({"prune_pc": 0.9, "blocksize": (8, 4)})
+    assert (config.rewind, config.block_lasso) == ("init", 0)
 
 
 def test_an_exported_lenet_5_keeps_a_tenth_of_all_its_weights(tmp_path, capsys):
@@ -140,7 +158,9 @@ def test_an_exported_model_in_int8_is_a_thirtieth_of_the_dense_one(tmp_path):
     assert rows["file size"]["pruned"] == path.stat().st_size
     assert rows["file size"]["gain"] >= 30
     in_float32 = Ticket.load(tmp_path / "ticket.safetensors").rounds[-1]["test_accuracy"]
-    assert rows["test accuracy"]["pruned"] == pytest.approx(100 * in_float32, abs=1)
+    assert rows["test accuracy"]["pruned"] == pytest.approx(
+        100 * in_float32, abs=2.1
+    )  # two of 99 images
 
 
 def test_what_stays_dense_is_said_beside_the_density(tmp_path, capsys):

@@ -46,11 +46,12 @@ class RunConfig:
     epoch, but a round of STEPS only about EPOCHS times. rewind says where rounds begin: "init", the
     survivors put back to θ₀; as in 500it or 1ep, to the θ_k that round 0 passes, to be trained from
     step k on; or "weights", as trained.
-    block_lasso is the strength of a group lasso on the blocks, of all rounds but the last; last_lr
-    the learning rate of the last: "constant", or "linear", falling to 0. reinit trains in each
-    round the control beside the ticket, its masks over weights drawn anew; one_shot prunes in one
-    round what prune_rounds rounds would. train_sparse says whether pruned linear layers train as
-    block-sparse layers instead of under masks: the same gradients to rounding, in less time.
+    block_lasso is the strength of a group lasso on the blocks, in all rounds between the dense one
+    and the last; last_lr the learning rate of the last: "constant", or "linear", falling to 0.
+    reinit trains in each round the control beside the ticket, its masks over weights drawn anew;
+    one_shot prunes in one round what prune_rounds rounds would. train_sparse says whether pruned
+    linear layers train as block-sparse layers instead of under masks: the same gradients to
+    rounding, in less time.
     """
 
     model: str = "lenet-300-100"

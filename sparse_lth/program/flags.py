@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .config import (
+    BLOCK_RECIPE,
     DATASETS,
     EPOCHS,
     LAST_LR,
@@ -23,6 +24,7 @@ from .folder import load_config
 from .models import MODELS
 
 WHERE = {"dataset", "data_dir", "device", "seed"}  # flags that leave open what to search for
+TRAINED = {name: getattr(RunConfig, name) for name in (*BLOCK_RECIPE, "reinit")}  # and how
 
 
 def new_config(flags: dict) -> RunConfig:
@@ -36,8 +38,9 @@ def new_config(flags: dict) -> RunConfig:
 def with_defaults(flags: dict) -> dict:
     """The flags, and all the defaults that are not RunConfig's.
 
-    Those of --export-sparse make a network that can be fast. Flags that leave open what to search
-    for get a search worth seeing: that of --export-sparse.
+    Those of --export-sparse make a network that can be fast, and in blocks train it as was best for
+    blocks, unless flags say how to train. Flags that leave open what to search for get a search
+    worth seeing: that of --export-sparse.
     """
     flags = dict(flags)
     if flags.keys() <= WHERE:
@@ -47,6 +50,8 @@ def with_defaults(flags: dict) -> dict:
         model = MODELS[flags.get("model", RunConfig.model)]
         flags.setdefault("blocksize", model.blocksize)
         flags["export_blocksize"] = flags["export_blocksize"] or flags["blocksize"]
+        if flags["blocksize"] != (1, 1) and not flags.keys() & TRAINED.keys():
+            flags |= BLOCK_RECIPE
     flags.setdefault("data_dir", os.environ.get("SPARSE_LTH_DATA", RunConfig.data_dir))
     if flags.get("device", "auto") == "auto":
         flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,9 +74,16 @@ def resumed_config(folder: Path, flags: dict) -> RunConfig:
 def flags_of(config: RunConfig) -> dict[str, str]:
     """The inverse of `new_config`: the flags that differ from the defaults, with their values."""
     exported = config.export_blocksize is not None
-    given = {"export_blocksize": None} if exported else {}
-    default = with_defaults({"model": config.model, **given}) | {"model": RunConfig.model}
+    given = {"model": config.model} | ({"export_blocksize": None} if exported else {})
+    default = with_defaults(given | {"blocksize": config.blocksize})
+    default |= {
+        "model": RunConfig.model,
+        "blocksize": with_defaults(given).get("blocksize", RunConfig.blocksize),
+    }
     always = {"dataset"} if exported else {"dataset", "prune_pc"}  # without it, all is exported
+    if any(getattr(config, name) != default.get(name, own) for name, own in TRAINED.items()):
+        default |= TRAINED
+        always |= {"rewind"} if exported else set()
     flags = {}
     for name, value in asdict(config).items():
         if name == "export_blocksize":
@@ -138,8 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "block_lasso",
-        "strength of a group lasso that shrinks whole blocks, in every round but the last, that "
-        "of the dense network included",
+        "strength of a group lasso that shrinks whole blocks, in every round between the dense one "
+        "and the last",
         type=float,
     )
     add(

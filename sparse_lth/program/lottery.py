@@ -256,7 +256,7 @@ class Lottery:
         for name, value in state.optimizer.items():
             parameter, _, key = name.rpartition(".")
             optimizer.state[network.get_parameter(parameter)][key] = value.to(config.device)
-        if config.block_lasso and state.round < config.rounds:
+        if config.block_lasso and 0 < state.round < config.rounds:
             lasso = BlockLasso(network, state.masks, config.blocksize, config.block_lasso)
             optimizer.register_step_post_hook(lasso)
         return optimizer
