@@ -231,7 +231,7 @@ def expected(tmp_path_factory):
     for chain in CHAINS:
         run_one_by_one(PLAN, chain, digits, folder)
     torch.set_num_threads(threads)
-    return collect(CHAINS, folder)
+    return collect(CHAINS, folder, {})
 
 
 def _await(folder, files):
@@ -254,7 +254,7 @@ def test_a_killed_worker_loses_and_repeats_nothing(expected, tmp_path, capfd):
     run_pool(PLAN, CHAINS, folder, workers=2)
     killer.join()
     assert "a worker died" in capfd.readouterr().out
-    assert collect(CHAINS, folder) == expected
+    assert collect(CHAINS, folder, {}) == expected
 
 
 @pytest.mark.slow
@@ -276,7 +276,7 @@ def test_a_killed_run_goes_on_where_it_stopped(expected, tmp_path):
     assert 0 < networks < TRAINED
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(run.stdout.splitlines()) == TRAINED - networks
-    assert collect(CHAINS, folder) == expected
+    assert collect(CHAINS, folder, {}) == expected
 
 
 @pytest.mark.slow
@@ -303,4 +303,4 @@ def test_a_ray_cluster_that_loses_a_node_has_the_results_of_the_pool(
         killer.join()
     finally:
         cluster.shutdown()
-    assert collect(CHAINS, folder) == expected
+    assert collect(CHAINS, folder, {}) == expected

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from sparse_lth.experiments import page, paper, results
-from sparse_lth.experiments.chains import ROW, TICKET, Plan, grid
+from sparse_lth.experiments.chains import OF_NETWORK, ROW, TICKET, Plan, grid
 from sparse_lth.experiments.claims import BEYOND, PAIRS
 from sparse_lth.experiments.evidence import UNTESTED
 from sparse_lth.experiments.page import FIGURES
@@ -159,6 +159,37 @@ def test_a_folder_with_another_plan_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         paper.main([*QUICK, "--results", str(tmp_path)])
     assert '"iterations": 11' in capsys.readouterr().err
+
+
+def test_a_results_file_alone_is_gone_on_from(tmp_path, monkeypatch):
+    plan, trained = Plan(iterations=10, rewind="1it", dataset="digits"), []
+    chains = grid(plan, 1, ["dense", "one-shot"])
+    values = {name: kind(1) if kind in (int, float) else 0.1 for name, kind in ROW.items()}
+    rows = [values | dict(zip(OF_NETWORK, n, strict=True)) for c in chains for n in c.networks]
+    paper.remember(plan, tmp_path / "plan.json")
+    monkeypatch.setattr(paper, "run_pool", lambda plan, chains, *rest: trained.extend(chains))
+    monkeypatch.setattr(paper, "draw", lambda folder: None)
+
+    def go_on(rows):
+        trained.clear()
+        results.write(rows, tmp_path / "results.csv")
+        before = (tmp_path / "results.csv").read_bytes()
+        flags = [*QUICK, "--networks", "dense", "one-shot", "--results", str(tmp_path)]
+        assert paper.main(flags) == 0
+        assert (tmp_path / "results.csv").read_bytes() == before
+        return trained
+
+    assert go_on(rows) == []
+    for n, row in enumerate(rows):
+        (chain,) = go_on([*rows[:n], *rows[n + 1 :]])
+        assert tuple(row[name] for name in OF_NETWORK) in chain.networks
+
+
+def test_networks_that_are_not_there_cost_no_measured_latency(made_up, capsys):
+    before = (made_up / "latency.csv").read_bytes()
+    assert paper.main(["measure", str(made_up)]) == 0
+    assert "no latency" in capsys.readouterr().out
+    assert (made_up / "latency.csv").read_bytes() == before
 
 
 def _quick_times(calls):

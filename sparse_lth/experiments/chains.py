@@ -30,6 +30,8 @@ ROW = {  # of the results, with its types
     **dict.fromkeys((*LOSSES, *ACCURACIES), float | None),
 }
 
+OF_NETWORK = ("method", "model", "blocksize", "replicate", "round")  # columns that tell which
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -108,6 +110,14 @@ class Chain:
     @property
     def name(self) -> str:
         return f"{self.method.replace(' ', '_')}-{self.model}-{self.shape}-{self.replicate}"
+
+    @property
+    def networks(self) -> list[tuple]:
+        """OF_NETWORK of what it trains: the dense one, and at each level its own with its
+        controls."""
+        methods = self.method, *self.controls
+        rounds = [(self.method, 0), *((name, level) for level in self.levels for name in methods)]
+        return [(name, self.model, self.shape, self.replicate, level) for name, level in rounds]
 
     @property
     def density(self) -> float:

@@ -19,7 +19,18 @@ from ..program.models import NARROW
 from ..program.training import TrainingError
 from ..saving import load_sparse
 from . import results
-from .chains import NETWORKS, ROW, TICKET, Chain, Plan, chain_path, grid, is_measured, network_path
+from .chains import (
+    NETWORKS,
+    OF_NETWORK,
+    ROW,
+    TICKET,
+    Chain,
+    Plan,
+    chain_path,
+    grid,
+    is_measured,
+    network_path,
+)
 from .engine import EngineError, run_pool, run_ray
 from .latency import latency
 from .stack import run_stacked
@@ -60,7 +71,9 @@ def paper(flags: argparse.Namespace) -> None:
     plan = replace(plan, curves=find_spec("tensorboard") is not None)
     if not plan.curves:
         print("no TensorBoard curves: pip install tensorboard to have them")
-    chains = grid(plan, flags.replicates, flags.networks)
+    known = read_known(folder / "results.csv")
+    wanted = grid(plan, flags.replicates, flags.networks)
+    chains = [chain for chain in wanted if not known.keys() >= {*chain.networks}]
     print(f"{plan.iterations} iterations for each network, in {folder}", flush=True)
     try:
         if plan.device == "cuda":
@@ -70,7 +83,7 @@ def paper(flags: argparse.Namespace) -> None:
         else:
             run_pool(plan, chains, folder, flags.workers)
     finally:  # of a run that is broken off, too
-        if rows := collect(grid(plan, flags.replicates), folder):
+        if rows := collect(grid(plan, flags.replicates), folder, known):
             results.write(rows, folder / "results.csv")
     if plan.device == "cuda":
         print(f"to time the networks on a CPU: python -m sparse_lth.experiments measure {folder}")
@@ -92,19 +105,34 @@ def remember(plan: Plan, path: Path) -> None:
     write(path, text)
 
 
-def collect(chains: Sequence[Chain], folder: Path) -> list[dict]:
-    """The rows of all chains that were run, in the order of the chains."""
-    paths = [chain_path(folder, chain) for chain in chains]
-    return [row for path in paths if path.exists() for row in State.load(path, ROW).history]
+def read_known(path: Path) -> dict[tuple, list[dict]]:
+    """The rows of an earlier results.csv by network, as `Chain.networks` has them: of what was trained
+    elsewhere a folder may hold no more."""
+    known = {}
+    for row in results.read_rows(path, [*ROW]) if path.exists() else ():
+        row = {name: int(v) if ROW[name] is int else v for name, v in row.items()}
+        known.setdefault(tuple(row[name] for name in OF_NETWORK), []).append(row)
+    return known
 
 
-def measure(folder: Path) -> None:
+def collect(chains: Sequence[Chain], folder: Path, known: dict[tuple, list[dict]]) -> list[dict]:
+    """The rows of all chains that were run here or are known, in the order of the chains."""
+    rows = []
+    for chain in chains:
+        path = chain_path(folder, chain)
+        if path.exists():
+            rows += State.load(path, ROW).history
+        else:
+            rows += [row for network in chain.networks for row in known.get(network, ())]
+    return rows
+
+
+def measure(folder: Path, again: bool = False) -> None:
     """Times the kept tickets as block-sparse layers and the dense networks, and writes latency.csv,
-    if it is not there."""
-    path = folder / "latency.csv"
-    if path.exists():
+    if it is not there or it is wanted again."""
+    path, unpruned = folder / "latency.csv", (TICKET, "lenet-300-100", "1x1", 0)
+    if path.exists() and not again:
         return
-    print("measuring the networks' latency", flush=True)
     tickets, dense = {}, {}
     for chain in filter(is_measured, grid(Plan.full(), 1)):
         for level in (0, *chain.levels):
@@ -112,9 +140,13 @@ def measure(folder: Path) -> None:
             if file.exists():
                 kept = dense if level == 0 else tickets
                 kept[chain.method, chain.model, chain.shape, level] = load_sparse(file)
+    if unpruned not in dense:
+        print("no latency: the folder has the results of the networks, not the networks")
+        return
+    print("measuring the networks' latency", flush=True)
     for name, kind in NARROW.items():
         dense["dense", name, "1x1", 0] = kind.new(torch.Generator()).eval()
-    timed = latency(tickets, dense, (TICKET, "lenet-300-100", "1x1", 0))
+    timed = latency(tickets, dense, unpruned)
     networks = [dict(zip(results.NETWORK, key, strict=True)) for key in timed]
     results.write([n | t for n, t in zip(networks, timed.values(), strict=True)], path)
 
@@ -135,8 +167,7 @@ def tell(flags: argparse.Namespace) -> None:
 
 
 def remeasure(flags: argparse.Namespace) -> None:
-    (flags.results / "latency.csv").unlink(missing_ok=True)
-    measure(flags.results)
+    measure(flags.results, again=True)
     draw(flags.results)
 
 

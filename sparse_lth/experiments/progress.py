@@ -18,7 +18,7 @@ class Watch:
 
     def __init__(self, chains: Sequence[Chain], folder: Path):
         self.chains, self.folder, self.console = chains, folder, Console()
-        self.total = sum(map(count_networks, chains))
+        self.total = sum(len(chain.networks) for chain in chains)
         self.seen, self.files = set(), {}  # networks; by chain, when its file was written
         for _ in self._new():
             pass  # trained by an earlier run
@@ -63,11 +63,6 @@ class Watch:
                 if network not in self.seen:
                     self.seen.add(network)
                     yield rows
-
-
-def count_networks(chain: Chain) -> int:
-    """The dense one, and at each level the chain's own with its controls."""
-    return 1 + len(chain.levels) * (1 + len(chain.controls))
 
 
 def describe(rows: Training) -> str:
