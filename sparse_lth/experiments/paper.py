@@ -106,8 +106,8 @@ def remember(plan: Plan, path: Path) -> None:
 
 
 def read_known(path: Path) -> dict[tuple, list[dict]]:
-    """The rows of an earlier results.csv by network, as `Chain.networks` has them: of what was trained
-    elsewhere a folder may hold no more."""
+    """The rows of an earlier results.csv by network, as `Chain.networks` has them: a folder may
+    hold nothing else of what was trained elsewhere."""
     known = {}
     for row in results.read_rows(path, [*ROW]) if path.exists() else ():
         row = {name: int(v) if ROW[name] is int else v for name, v in row.items()}
