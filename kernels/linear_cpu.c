@@ -23,9 +23,12 @@ typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES), aligned(4), ma
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 
-/* Blocks of one block row: their inputs are begin to end of a layer's. */
+/* Blocks begin .. end, of one block row. With each of them a tile asks for some lines of weights
+   that are multiplied later. */
 typedef struct {
     int32_t begin, end;
+    const float *later;
+    int64_t lines;
 } NAME(Part);
 
 /* `width` outputs of a block row, whose weights are from r0 on in the blocks, for `rows` rows of the
@@ -47,6 +50,8 @@ INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int
         const int64_t next = l->col[n + 1 < part.end ? n + 1 : n] * C;
         const float *w = l->values + n * C * R + r0, *p[ROWS * 16 / LANES];
         int64_t c = 0;
+        for (int64_t a = 0; a < part.lines; a++, part.later += LINE_FLOATS)
+            __builtin_prefetch(part.later, 0, 2);
         UNROLL for (int m = 0; m < rows; m++) __builtin_prefetch(x + next + m * ldx);
         UNROLL for (int m = 0; m < rows; m += 3) {
             p[m / 3] = x + k + m * ldx;
@@ -89,13 +94,19 @@ INLINE void NAME(tall_rows)(const int width, const Layer *l, int64_t begin, int6
     const int most = ROWS * 16 / width;
     const int64_t groups = ceil_div(rows, most), ranges = ceil_div(rows * l->in, CACHED);
     const int64_t range = ceil_div(ceil_div(l->in, ranges), l->C); /* block columns */
+    /* The processor foresees weights that are read once, in order. Where rows pass several times
+       over a block row, each pass asks for its share of the next one. */
+    const int64_t passes = groups * (l->R / width), block = l->R * l->C;
+    const int64_t lines = passes > 1 ? ceil_div(block, LINE_FLOATS * passes) : 0;
     float edge[ROWS * 16] = {0}, edge_bias[16] = {0}; /* of outputs that fill no vector */
     for (int64_t t = 0; t < ranges; t++)
         for (int64_t i = begin; i < end; i++) {
             const int first = t == 0, last = t == ranges - 1;
-            const NAME(Part) part = {
-                .begin = first_from(l, i, t * range),
-                .end = last ? l->crow[i + 1] : first_from(l, i, (t + 1) * range)};
+            NAME(Part) part = {.begin = first_from(l, i, t * range),
+                               .end = last ? l->crow[i + 1] : first_from(l, i, (t + 1) * range),
+                               .lines = lines};
+            const int32_t next = part.begin + l->crow[i + 1] - l->crow[i]; /* or near it */
+            part.later = l->values + next * block;
             for (int64_t r0 = 0; r0 < l->R && i * l->R + r0 < l->out; r0 += width) {
                 const int64_t o = i * l->R + r0, left = l->out - o;
                 const float *bias = l->bias ? l->bias + o : no_bias;
@@ -120,6 +131,7 @@ INLINE void NAME(tall_rows)(const int width, const Layer *l, int64_t begin, int6
                         TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
                     }
 #undef TILE
+                    part.later += (part.end - part.begin) * lines * LINE_FLOATS;
                     if (left < width)
                         NAME(copy_rows)(edge, width, ym, ldy, size, left);
                 }
