@@ -324,7 +324,8 @@ static Bytes piece_at(const Code *c, int64_t block, int64_t group)
 }
 
 /* Groups begin .. end of a layer on panels: x (panels, in, 16) -> y (panels, out, 16), from panel
-   to panel ldx and ldy floats. Each panel asks for a part of the next piece. */
+   to panel ldx and ldy floats. Each panel asks for a part of the next piece, within the code as far
+   as that asks: many lines at once would hold up its loads of x. */
 static void run_code(const Code *c, const Layer *l, int64_t begin, int64_t end, const float *x,
                      int64_t ldx, float *y, int64_t ldy, int64_t panels)
 {
