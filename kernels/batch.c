@@ -12,7 +12,7 @@ enum { WORTH_A_THREAD = 1 << 18 };
 
 /* How the batch is cut into tiles, which pass through the layers one after the other. */
 enum {
-    TILE = 64,             /* rows, where not all of it is machine code */
+    TILE = 64,             /* rows at most, where not all of it is machine code */
     WIDE_PANELS = 4,       /* panels that share a load of a weight */
     CODE_PANELS = 16,      /* panels that share a piece of code in the first cache */
     LONG_CODE_PANELS = 32, /* the same for layers so long that a piece takes fewer inputs */
@@ -144,11 +144,18 @@ typedef struct {
     float *spare, *other;
 } Activations;
 
-/* How many of `all` parts a task takes, `least` or a multiple of it: all of them on one thread. */
+/* How many of `all` parts a task takes, `least` or a multiple of it: all of them on one thread, else
+   a fourth of a thread's to a half, by which the thread that has most has least. */
 static int64_t range_of(const Forward *f, int64_t all, int64_t least)
 {
-    const int64_t tasks = f->threads > 1 ? 4 * f->threads : 1;
-    return ceil_div(ceil_div(all, tasks), least) * least;
+    const int64_t units = ceil_div(all, least), threads = f->threads;
+    int64_t best = ceil_div(units, threads > 1 ? 4 * threads : 1), fewest = INT64_MAX;
+    for (int64_t range = best; range * 2 * threads <= units; range++) {
+        const int64_t most = ceil_div(ceil_div(units, range), threads) * range; /* of a thread */
+        if (most < fewest)
+            best = range, fewest = most;
+    }
+    return best * least;
 }
 
 /* x is now what was written to `to`, the spare buffer or the result. */
@@ -243,7 +250,7 @@ static int plan_forward(Forward *f, int threads)
     const int64_t L = f->kernels->lanes;
     threads = threads_now((int)max64(1, min64(threads, work / WORTH_A_THREAD)));
     f->pad = !all_code;
-    f->tile = any_wide ? WIDE_PANELS * L : TILE;
+    f->tile = any_wide ? WIDE_PANELS * L : ceil_div(f->batch, ceil_div(f->batch, TILE));
     if (code > MUCH_CODE)
         f->tile = L * (longest > LONG ? LONG_CODE_PANELS : CODE_PANELS);
     else if (all_code)

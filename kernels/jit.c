@@ -28,12 +28,14 @@ enum {
     PIECE = 24000,       /* bytes of a piece, about */
     FEW_WEIGHTS = 512,   /* of a piece: fewer do not pay for loading and storing y */
     LINE = 64,
+    AHEAD = 8 * LINE,    /* of so many bytes of code, one asks for a line of the next piece */
     MOST_WEIGHTS = 1 << 29, /* their offsets in bytes fit in 32 bits */
 };
 
-/* x (k0 .., 16), y (g0 .., 16), all the weights, bias (g0 ..), the least that an output may be */
+/* x (k0 .., 16), y (g0 .., 16), all the weights, bias (g0 ..), the least that an output may be, and
+   the code to bring into the second cache */
 typedef void (*Piece)(const float *x, float *y, const float *values, const float *bias,
-                      const float *floor);
+                      const float *floor, const uint8_t *ahead);
 
 struct Code {
     uint8_t *memory;
@@ -78,6 +80,7 @@ enum {
     Y = 6,      /* rsi */
     X = 7,      /* rdi */
     FLOOR = 8,  /* r8 */
+    CODE = 9,   /* r9 */
 };
 
 /* An instruction with an EVEX prefix: its opcode map (1 for 0F, 2 for 0F38), the prefix it implies
@@ -141,6 +144,14 @@ static uint8_t *move_x(uint8_t *p, int32_t bytes)
     return p + 4;
 }
 
+/* prefetcht1 [r9 + offset] */
+static uint8_t *ask(uint8_t *p, int32_t offset)
+{
+    *p++ = 0x41, *p++ = 0x0F, *p++ = 0x18, *p++ = 0x80 | 2 << 3 | (CODE & 7);
+    memcpy(p, &offset, 4);
+    return p + 4;
+}
+
 /* The weights of a piece by input: k has the entries first[k] .. first[k + 1]. */
 typedef struct {
     int32_t *first;  /* (inputs + 2,) */
@@ -187,8 +198,9 @@ static void sort_by_input(const struct Program *p, int64_t o, int64_t outputs, i
 static uint8_t *emit(uint8_t *p, const Entries *e, int64_t inputs, int outputs, int is_first,
                      int is_last)
 {
+    const uint8_t *const start = p;
     int64_t at = 0; /* the input that rdi points to */
-    int loads = 0;
+    int loads = 0, asked = 0;
     for (int a = 0; a < outputs; a++)
         p = is_first ? with_memory(p, BROADCAST, a, 0, BIAS, 4 * a)
                      : with_memory(p, LOAD_ROW, a, 0, Y, 64 * a);
@@ -203,6 +215,8 @@ static uint8_t *emit(uint8_t *p, const Entries *e, int64_t inputs, int outputs, 
         p = with_memory(p, LOAD_ROW, x, 0, X, (int32_t)(64 * (k - at)));
         for (int32_t t = e->first[k]; t < e->first[k + 1]; t++)
             p = with_memory(p, MULTIPLY_ADD, e->output[t], x, VALUES, e->offset[t]);
+        if (p - start >= asked * AHEAD)
+            p = ask(p, LINE * asked++);
     }
     if (is_last)
         p = with_memory(p, BROADCAST, GROUP, 0, FLOOR, 0);
@@ -220,8 +234,9 @@ static uint8_t *emit(uint8_t *p, const Entries *e, int64_t inputs, int outputs, 
 static size_t most_bytes(const Code *c, int64_t in, int64_t weights)
 {
     const int64_t pieces = c->blocks * c->groups;
-    return 10 * (weights + min64(weights, in * c->groups) + in * c->groups / 128) +
-           pieces * (10 * (3 * GROUP + 2) + LINE);
+    const int64_t bytes = 10 * (weights + min64(weights, in * c->groups) + in * c->groups / 128) +
+                          pieces * (10 * (3 * GROUP + 2) + LINE);
+    return bytes + (bytes / AHEAD + pieces) * 8;
 }
 
 /* Writes all pieces, in the order in which they run. 0, or -1 without memory. */
@@ -309,7 +324,8 @@ static Bytes piece_at(const Code *c, int64_t block, int64_t group)
 }
 
 /* Groups begin .. end of a layer on panels: x (panels, in, 16) -> y (panels, out, 16), from panel
-   to panel ldx and ldy floats. Each panel asks for a part of the next piece. */
+   to panel ldx and ldy floats. Each panel asks for a part of the next piece, within the code as far
+   as that asks: many lines at once would hold up its loads of x. */
 static void run_code(const Code *c, const Layer *l, int64_t begin, int64_t end, const float *x,
                      int64_t ldx, float *y, int64_t ldy, int64_t panels)
 {
@@ -324,14 +340,15 @@ static void run_code(const Code *c, const Layer *l, int64_t begin, int64_t end, 
         float *to = y + g * GROUP * PANEL;
         Piece run;
         memcpy(&run, &now.start, sizeof run);
-        next = (Bytes){0};
-        if (n + 1 < pieces)
-            next = piece_at(c, (n + 1) / groups, begin + (n + 1) % groups);
+        const int64_t after = min64(n + 1, pieces - 1);
+        next = piece_at(c, after / groups, begin + after % groups);
         const int64_t part = ceil_div(next.size, panels * LINE) * LINE;
+        const int64_t asked = (now.size / AHEAD - 1) * LINE; /* by the code, or a line more */
         for (int64_t m = 0; m < panels; m++) {
-            for (int64_t a = m * part; a < min64(next.size, (m + 1) * part); a += LINE)
-                __builtin_prefetch(next.start + a, 0, 2);
-            run(from + m * ldx, to + m * ldy, l->values, bias, &floor);
+            const uint8_t *ahead = next.start + m * part;
+            for (int64_t a = max64(0, asked); a < part; a += LINE)
+                __builtin_prefetch(ahead + a, 0, 2);
+            run(from + m * ldx, to + m * ldy, l->values, bias, &floor, ahead);
         }
     }
 }

@@ -23,36 +23,35 @@ typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES), aligned(4), ma
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 
-/* Blocks of one block row: their inputs are begin to end of a layer's. */
+/* Blocks begin .. end, of one block row. With each of them a tile asks for some lines of weights
+   that are multiplied later. */
 typedef struct {
     int32_t begin, end;
-    int first, last; /* whether its sums begin here, and end here */
+    const float *later;
+    int64_t lines;
 } NAME(Part);
 
-/* `width` outputs of a block row, from r0, for `rows` rows of the batch. Few rows are too few sums
-   to hide the latency of an addition: each is then taken in several chains. */
-INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int64_t i, int64_t r0,
-                            NAME(Part) part, const float *x, int64_t ldx, float *y, int64_t ldy)
+/* `width` outputs of a block row, whose weights are from r0 on in the blocks, for `rows` rows of the
+   batch: y = start + x W^T, with ReLU if asked. Few rows are too few sums to hide the latency of an
+   addition: each is then taken in several chains. */
+INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int64_t r0,
+                            NAME(Part) part, int relu, const float *start, int64_t ldstart,
+                            const float *x, int64_t ldx, float *y, int64_t ldy)
 {
     const int V = width / LANES, S = rows * V; /* sums, acc[chain * S + row * V + v] */
     const int chains = S >= 8 ? 1 : S >= 4 ? 2 : 4;
-    const int64_t R = l->R, C = l->C, first = i * R + r0, left = min64(width, l->out - first);
+    const int64_t R = l->R, C = l->C;
     vec acc[4 * ROWS * 16 / LANES];
-    float edge[16] = {0};
-    if (part.first && l->bias)
-        memcpy(edge, l->bias + first, left * sizeof(float));
-    UNROLL for (int m = 0; m < rows; m++) {
-        const float *from = part.first ? edge : y + m * ldy + first;
-        if (!part.first && left < width)
-            from = memcpy(edge, from, left * sizeof(float));
-        UNROLL for (int v = 0; v < V; v++) acc[m * V + v] = LOAD(from + v * LANES);
-    }
+    UNROLL for (int m = 0; m < rows; m++, start += ldstart)
+        UNROLL for (int v = 0; v < V; v++) acc[m * V + v] = LOAD(start + v * LANES);
     UNROLL for (int a = S; a < chains * S; a++) acc[a] = (vec){0};
     for (int32_t n = part.begin; n < part.end; n++) {
         const int64_t k = l->col[n] * C, inside = min64(C, l->in - k);
         const int64_t next = l->col[n + 1 < part.end ? n + 1 : n] * C;
         const float *w = l->values + n * C * R + r0, *p[ROWS * 16 / LANES];
         int64_t c = 0;
+        for (int64_t a = 0; a < part.lines; a++, part.later += LINE_FLOATS)
+            __builtin_prefetch(part.later, 0, 2);
         UNROLL for (int m = 0; m < rows; m++) __builtin_prefetch(x + next + m * ldx);
         UNROLL for (int m = 0; m < rows; m += 3) {
             p[m / 3] = x + k + m * ldx;
@@ -70,19 +69,20 @@ INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int
                 UNROLL for (int m = 0; m < rows; m++)
                     acc[m * V + v] += LOAD(w + c * R + v * LANES) * p[m / 3][m % 3 * ldx + c];
     }
-    UNROLL for (int m = 0; m < rows; m++) {
-        float *to = y + m * ldy + first;
-        vec sums[4];
-        UNROLL for (int v = 0; v < V; v++) {
-            sums[v] = acc[m * V + v];
-            UNROLL for (int j = 1; j < chains; j++) sums[v] += acc[j * S + m * V + v];
-            sums[v] = part.last && l->relu ? RELU(sums[v]) : sums[v];
-        }
-        if (left == width)
-            UNROLL for (int v = 0; v < V; v++) STORE(to + v * LANES, sums[v]);
-        else
-            memcpy(to, sums, left * sizeof(float));
-    }
+    UNROLL for (int j = 1; j < chains; j++)
+        UNROLL for (int a = 0; a < S; a++) acc[a] += acc[j * S + a];
+    if (relu)
+        UNROLL for (int a = 0; a < S; a++) acc[a] = RELU(acc[a]);
+    UNROLL for (int m = 0; m < rows; m++, y += ldy)
+        UNROLL for (int v = 0; v < V; v++) STORE(y + v * LANES, acc[m * V + v]);
+}
+
+/* from (rows, n) -> to */
+static void NAME(copy_rows)(const float *from, int64_t ldfrom, float *to, int64_t ldto,
+                            int64_t rows, int64_t n)
+{
+    for (int64_t m = 0; m < rows; m++)
+        memcpy(to + m * ldto, from + m * ldfrom, n * sizeof(float));
 }
 
 /* Block rows begin .. end of a layer of tall blocks: x (rows, in) -> y (rows, out). The blocks of a
@@ -90,30 +90,52 @@ INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int
 INLINE void NAME(tall_rows)(const int width, const Layer *l, int64_t begin, int64_t end,
                             const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows)
 {
+    static const float no_bias[16];
     const int most = ROWS * 16 / width;
     const int64_t groups = ceil_div(rows, most), ranges = ceil_div(rows * l->in, CACHED);
     const int64_t range = ceil_div(ceil_div(l->in, ranges), l->C); /* block columns */
+    /* The processor foresees weights that are read once, in order. Where rows pass several times
+       over a block row, each pass asks for its share of the next one. */
+    const int64_t passes = groups * (l->R / width), block = l->R * l->C;
+    const int64_t lines = passes > 1 ? ceil_div(block, LINE_FLOATS * passes) : 0;
+    float edge[ROWS * 16] = {0}, edge_bias[16] = {0}; /* of outputs that fill no vector */
     for (int64_t t = 0; t < ranges; t++)
         for (int64_t i = begin; i < end; i++) {
-            NAME(Part) part = {.first = t == 0, .last = t == ranges - 1};
-            part.begin = first_from(l, i, t * range);
-            part.end = part.last ? l->crow[i + 1] : first_from(l, i, (t + 1) * range);
-            for (int64_t r0 = 0; r0 < l->R && i * l->R + r0 < l->out; r0 += width)
+            const int first = t == 0, last = t == ranges - 1;
+            NAME(Part) part = {.begin = first_from(l, i, t * range),
+                               .end = last ? l->crow[i + 1] : first_from(l, i, (t + 1) * range),
+                               .lines = lines};
+            const int32_t next = part.begin + l->crow[i + 1] - l->crow[i]; /* or near it */
+            part.later = l->values + next * block;
+            for (int64_t r0 = 0; r0 < l->R && i * l->R + r0 < l->out; r0 += width) {
+                const int64_t o = i * l->R + r0, left = l->out - o;
+                const float *bias = l->bias ? l->bias + o : no_bias;
+                if (left < width)
+                    bias = memcpy(edge_bias, bias, left * sizeof(float));
                 for (int64_t g = 0; g < groups; g++) {
                     const int64_t m = rows * g / groups, size = rows * (g + 1) / groups - m;
                     const float *xm = x + m * ldx;
-                    float *ym = y + m * ldy;
+                    float *const ym = y + m * ldy + o, *to = left < width ? edge : ym;
+                    const int64_t ldto = left < width ? width : ldy;
+                    if (left < width && !first)
+                        NAME(copy_rows)(ym, ldy, edge, width, size, left);
+                    const float *start = first ? bias : to;
 #define TILE(n)                                                                                    \
     case n:                                                                                        \
         if (n <= most)                                                                             \
-            NAME(tall_tile)(n <= most ? n : 1, width, l, i, r0, part, xm, ldx, ym, ldy);           \
+            NAME(tall_tile)(n <= most ? n : 1, width, l, r0, part, last && l->relu, start,         \
+                            first ? 0 : ldto, xm, ldx, to, ldto);                                  \
         break;
                     switch (size) {
                         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9)
                         TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
                     }
 #undef TILE
+                    part.later += (part.end - part.begin) * lines * LINE_FLOATS;
+                    if (left < width)
+                        NAME(copy_rows)(edge, width, ym, ldy, size, left);
                 }
+            }
         }
 }
 

@@ -14,8 +14,10 @@
 
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 
-/* Floats of x that stay in the second cache while all outputs read them. */
-enum { CACHED = 1 << 17 };
+enum {
+    CACHED = 1 << 17, /* floats of x that stay in the second cache while all outputs read them */
+    LINE_FLOATS = 16, /* in a line of the caches */
+};
 
 /* Machine code for the pattern of a layer; see jit.c. */
 typedef struct Program Program;
