@@ -18,6 +18,7 @@ typedef struct {
     int per_word;          /* numbers in a word */
     int tall;              /* whether it is taken by rows of the batch, by `tall` below, ... */
     int planes;            /* or else whether x is (in, lanes) numbers, not (words, lanes) words */
+    char *memory;          /* what packed and inputs lie in, or NULL */
     const char *packed;    /* for each block row (groups, R) words, see row_of */
     const char *values;    /* (nnz, C, R), where nothing is packed */
     const int32_t *inputs; /* for each block row, its kept inputs, or words of them */
@@ -92,6 +93,9 @@ typedef struct {
     /* words begin .. end of rows (rows, ldx) of words -> x */
     void (*enter)(const float *rows, int64_t ldx, int64_t n, int64_t begin, int64_t end,
                   int planes, char *x, int64_t lanes);
+    /* y (features, lanes) as outputs makes it -> x of the next layer */
+    void (*reenter)(const char *y, int64_t features, int64_t lanes, int planes, char *x,
+                    Scaling *);
     /* block rows begin .. end -> y, of which their first output is the first */
     void (*outputs)(const WordLayer *, int64_t begin, int64_t end, const char *x, int64_t lanes,
                     const Scaling *, char *y);

@@ -179,9 +179,49 @@ static TARGET void NAME(pack)(const WordLayer *l, const Blocks *b, int64_t begin
     }
 }
 
+/* nv vectors of words of as many inputs -> words, or planes `pitch` bytes apart */
+INLINE void NAME(put)(const int nv, const int planes, const words *from, char *to, int64_t pitch)
+{
+    if (!planes)
+        UNROLL for (int v = 0; v < nv; v++) STORE_WORDS(to + v * BYTES, from[v]);
+    else if (nv < PER_WORD)
+        UNROLL for (int t = 0; t < PER_WORD; t++) {
+            const words numbers = from[0] >> 32 / PER_WORD * t;
+            *(NAME(numbers) *)(to + t * pitch) = __builtin_convertvector(numbers, NAME(numbers));
+        }
+    else
+        UNROLL for (int u = 0; u < nv / PER_WORD; u++) {
+            words some[PER_WORD];
+            NAME(unzip)(from + u * PER_WORD, some);
+            UNROLL for (int t = 0; t < PER_WORD; t++)
+                STORE_WORDS(to + t * pitch + u * BYTES, some[t]);
+        }
+}
+
+/* The words of a tile of nv vectors that hold the first `count` numbers of `inputs`: xs[v]. */
+INLINE void NAME(get)(const int nv, const int planes, const int32_t *inputs, const int count,
+                      const char *x, words *xs)
+{
+    const int64_t pitch = (int64_t)nv * LANES * (planes ? sizeof(NUMBER) : 4);
+    if (!planes)
+        UNROLL for (int v = 0; v < nv; v++) xs[v] = LOAD_WORDS(x + *inputs * pitch + v * BYTES);
+    else if (nv < PER_WORD) {
+        xs[0] = WIDEN(x + *inputs * pitch);
+        UNROLL for (int t = 1; t < PER_WORD; t++) if (t < count)
+            xs[0] |= WIDEN(x + inputs[t] * pitch) << 32 / PER_WORD * t;
+    } else
+        UNROLL for (int u = 0; u < nv / PER_WORD; u++) {
+            words some[PER_WORD];
+            UNROLL for (int t = 0; t < PER_WORD; t++)
+                some[t] = t < count ? LOAD_WORDS(x + inputs[t] * pitch + u * BYTES) : (words){0};
+            NAME(zip)(some, xs + u * PER_WORD);
+        }
+}
+
 static TARGET void NAME(enter)(const float *rows, int64_t ldx, int64_t n, int64_t begin,
                                int64_t end, int planes, char *x, int64_t lanes)
 {
+    const int64_t pitch = lanes * sizeof(NUMBER);
     float some[LANES * 8 * PER_WORD * LANES];
     if (!planes) {
         FLOATS(transpose)(rows + begin, ldx, n, end - begin, (float *)x + begin * lanes, lanes,
@@ -191,16 +231,15 @@ static TARGET void NAME(enter)(const float *rows, int64_t ldx, int64_t n, int64_
     for (int64_t k = begin; k < end; k += LANES) {
         const int64_t count = min64(LANES, end - k);
         FLOATS(transpose)(rows + k, ldx, n, count, some, lanes, lanes);
-        for (int64_t j = 0; j < count; j++)
-            for (int64_t m = 0; m < lanes; m += PER_WORD * LANES) {
-                words from[PER_WORD], to[PER_WORD];
-                UNROLL for (int t = 0; t < PER_WORD; t++)
-                    from[t] = LOAD_WORDS(some + j * lanes + m + t * LANES);
-                NAME(unzip)(from, to);
-                UNROLL for (int t = 0; t < PER_WORD; t++)
-                    STORE_WORDS(x + ((k + j) * PER_WORD + t) * lanes * sizeof(NUMBER) +
-                                    m * sizeof(NUMBER), to[t]);
-            }
+        for (int64_t j = 0; j < count; j++) {
+            const words *from = (const words *)(some + j * lanes);
+            char *to = x + (k + j) * PER_WORD * pitch;
+            if (lanes < PER_WORD * LANES)
+                NAME(put)(1, 1, from, to, pitch);
+            else
+                for (int64_t v = 0; v < lanes / LANES; v += PER_WORD)
+                    NAME(put)(PER_WORD, 1, from + v, to + v * LANES * sizeof(NUMBER), pitch);
+        }
     }
 }
 
@@ -211,10 +250,9 @@ INLINE void NAME(products)(const int outputs, const int nv, const int planes, co
 {
     enum { MOST = 4 };
     const int chains = outputs == 1 ? 2 : 1;
-    const int64_t pitch = (int64_t)nv * LANES * (planes ? sizeof(NUMBER) : 4);
     const int64_t groups = planes ? row->count / PER_WORD : ceil_div(row->count, PER_WORD);
     SUMS acc[2 * MOST * 2 * PER_WORD];
-    words xs[2 * PER_WORD], some[PER_WORD];
+    words xs[2 * PER_WORD];
     int64_t g = 0;
     UNROLL for (int a = 0; a < chains * outputs * nv; a++) acc[a] = (SUMS){0};
 #define ADD(chain, weight)                                                                         \
@@ -226,15 +264,7 @@ INLINE void NAME(products)(const int outputs, const int nv, const int planes, co
     }
 #define GROUP(chain, g)                                                                            \
     {                                                                                              \
-        if (planes)                                                                                \
-            UNROLL for (int u = 0; u < nv / PER_WORD; u++) {                                       \
-                UNROLL for (int t = 0; t < PER_WORD; t++)                                          \
-                    some[t] = LOAD_WORDS(x + row->inputs[(g) * PER_WORD + t] * pitch + u * BYTES); \
-                NAME(zip)(some, xs + u * PER_WORD);                                                \
-            }                                                                                      \
-        else                                                                                       \
-            UNROLL for (int v = 0; v < nv; v++)                                                    \
-                xs[v] = LOAD_WORDS(x + row->inputs[g] * pitch + v * BYTES);                        \
+        NAME(get)(nv, planes, row->inputs + (g) * (planes ? PER_WORD : 1), PER_WORD, x, xs);       \
         ADD(chain, ((const Word *)weights)[(g) * R + o])                                           \
     }
     for (; g + chains <= groups; g += chains)
@@ -243,14 +273,7 @@ INLINE void NAME(products)(const int outputs, const int nv, const int planes, co
         GROUP(0, g)
     if (planes && row->count % PER_WORD) { /* a word that is not full; numbers that are not there
                                               might be anything, even NaN, so they count as 0 */
-        UNROLL for (int u = 0; u < nv / PER_WORD; u++) {
-            UNROLL for (int t = 0; t < PER_WORD; t++) {
-                some[t] = (words){0};
-                if (t < row->count % PER_WORD)
-                    some[t] = LOAD_WORDS(x + row->inputs[g * PER_WORD + t] * pitch + u * BYTES);
-            }
-            NAME(zip)(some, xs + u * PER_WORD);
-        }
+        NAME(get)(nv, 1, row->inputs + g * PER_WORD, (int)(row->count % PER_WORD), x, xs);
         UNROLL for (int o = 0; o < outputs; o++) {
             Word last = 0;
             memcpy(&last, weights + 4 * (g * R + o), row->count % PER_WORD * sizeof(NUMBER));
@@ -385,19 +408,16 @@ INLINE void NAME(outputs_of)(const int nv, const int planes, const WordLayer *l,
 static TARGET void NAME(outputs)(const WordLayer *l, int64_t begin, int64_t end, const char *x,
                                  int64_t lanes, const Scaling *scaling, char *y)
 {
-    const int planes = l->planes;
-    (void)lanes;
-#if PER_WORD == 2
-    if (lanes == 2 * PER_WORD * LANES && planes)
-        NAME(outputs_of)(2 * PER_WORD, 1, l, begin, end, x, scaling, y);
-    else if (lanes == 2 * PER_WORD * LANES)
-        NAME(outputs_of)(2 * PER_WORD, 0, l, begin, end, x, scaling, y);
-    else
-#endif
-    if (planes)
-        NAME(outputs_of)(PER_WORD, 1, l, begin, end, x, scaling, y);
-    else
-        NAME(outputs_of)(PER_WORD, 0, l, begin, end, x, scaling, y);
+#define TILE_OF(nv)                                                                                \
+    if (lanes == (nv) * LANES) {                                                                   \
+        if (l->planes)                                                                             \
+            NAME(outputs_of)(nv, 1, l, begin, end, x, scaling, y);                                 \
+        else                                                                                       \
+            NAME(outputs_of)(nv, 0, l, begin, end, x, scaling, y);                                 \
+    }
+    TILE_OF(PER_WORD)
+    TILE_OF(PER_WORD == 2 ? 4 : 1)
+#undef TILE_OF
 }
 
 /* A register tile: LANES outputs of block row i from r0 for `rows` rows of the batch, x as it
@@ -565,41 +585,120 @@ static TARGET void NAME(round)(const float *from, int64_t n, uint16_t *to)
 #endif
 
 #if PER_WORD == 4
-/* Each row of x in 256 steps from its least to its largest number, 0 among them and exact. A row
-   that is not finite is NaN in every output. The bits of floats are in their order as ints if
-   positive, and as unsigned ints if negative, in reverse: NaN and infinity are beyond the rest. */
+/* How numbers from low to high become 256 steps, 0 among them and exact: the whole part of number *
+   inverse + shift, and at most 255. Where all are as good as 0 the scale is 0, and where they are
+   not finite NaN. `most` and `least` are bits of the highest and lowest: those of floats are in
+   their order as ints if positive, and as unsigned ints if negative, in reverse, so that NaN and
+   infinity are beyond the rest. */
+INLINE void NAME(steps)(int32_t most, uint32_t least, float *inverse, float *shift, float *scale,
+                        int32_t *zero)
+{
+    float high, low;
+    least = least >> 31 ? least : 0;
+    memcpy(&high, &most, 4);
+    memcpy(&low, &least, 4);
+    const float step = high / 255 - low / 255;
+    const int any = step > 0x1p-120f && step < INFINITY;
+    *inverse = any ? 1 / step : 0;
+    *zero = any ? (int32_t)(0.5f - low * *inverse) : 0;
+    *shift = (float)*zero + 0.5f;
+    *scale = any ? step : step - step;
+}
+
+/* Each row of x by itself. */
 static TARGET void NAME(quantize)(const float *x, int64_t ldx, int64_t rows, int64_t in,
                                   uint8_t *to, int64_t packed, Scaling *scaling)
 {
     for (int64_t m = 0; m < rows; m++, x += ldx, to += 4 * packed) {
         int32_t most = 0;
         uint32_t least = 0;
+        float inverse, shift;
         for (int64_t k = 0; k < in; k++) {
             const Word bits = ((const Word *)x)[k];
             most = (int32_t)bits > most ? (int32_t)bits : most;
             least = bits > least ? bits : least;
         }
-        float high, low = 0;
-        memcpy(&high, &most, 4);
-        if (least >> 31)
-            memcpy(&low, &least, 4);
-        const float step = high / 255 - low / 255;
-        const float inverse = step > 0x1p-120f && step < INFINITY ? 1 / step : 0;
-        if (inverse == 0) { /* all as good as 0, or not finite */
-            scaling->scales[m] = step - step; /* 0, or NaN */
-            scaling->zeros[m] = 0;
-            memset(to, 0, 4 * packed);
+        NAME(steps)(most, least, &inverse, &shift, scaling->scales + m, scaling->zeros + m);
+        memset(to + in, 0, 4 * packed - in);
+        if (inverse == 0) {
+            memset(to, 0, in);
             continue;
         }
-        const float zero = (float)(int32_t)(0.5f - low * inverse);
-        scaling->scales[m] = step;
-        scaling->zeros[m] = (int32_t)zero;
-        memset(to + in, 0, 4 * packed - in);
         for (int64_t k = 0; k < in; k++) {
-            const int32_t steps = (int32_t)(x[k] * inverse + (zero + 0.5f)); /* at least 0 */
+            const int32_t steps = (int32_t)(x[k] * inverse + shift); /* at least 0 */
             to[k] = (uint8_t)(steps > 255 ? 255 : steps);
         }
     }
+}
+
+#define LARGER(a, b) (((a) & ((a) > (b))) | ((b) & ~((a) > (b))))
+
+/* The same for the lanes of nv vectors. */
+INLINE void NAME(reenter_of)(const int nv, const int planes, const char *y, int64_t features,
+                             char *x, Scaling *scaling)
+{
+    const int64_t pitch = nv * LANES * (planes ? 1 : 4);
+    ints most[4];
+    words least[4];
+    floats inverse[4], shift[4];
+    UNROLL for (int v = 0; v < nv; v++) most[v] = (ints){0}, least[v] = (words){0};
+    for (int64_t k = 0; k < features; k++)
+        UNROLL for (int v = 0; v < nv; v++) {
+            const words bits = LOAD_WORDS(y + (k * nv + v) * BYTES);
+            most[v] = LARGER((ints)bits, most[v]);
+            least[v] = LARGER(bits, least[v]);
+        }
+    for (int v = 0; v < nv; v++)
+        for (int m = 0; m < LANES; m++) {
+            const int64_t lane = v * LANES + m;
+            float i, s;
+            NAME(steps)(most[v][m], least[v][m], &i, &s, scaling->scales + lane,
+                        scaling->zeros + lane);
+            inverse[v][m] = i, shift[v][m] = s;
+        }
+    for (int64_t k = 0; k < features; k += 4) {
+        words to[4];
+        UNROLL for (int v = 0; v < nv; v++) to[v] = (words){0};
+        UNROLL for (int t = 0; t < 4; t++) if (k + t < features)
+            UNROLL for (int v = 0; v < nv; v++) {
+                const floats number = *(const floats *)(y + ((k + t) * nv + v) * BYTES);
+                const ints steps = __builtin_convertvector(number * inverse[v] + shift[v], ints);
+                const ints most = (ints){0} + 255;
+                to[v] |= (words)((steps & (steps < most)) | (most & ~(steps < most))) << 8 * t;
+            }
+        NAME(put)(nv, planes, to, x + k * pitch / (planes ? 1 : 4), pitch);
+    }
+}
+#undef LARGER
+
+static TARGET void NAME(reenter)(const char *y, int64_t features, int64_t lanes, int planes,
+                                 char *x, Scaling *scaling)
+{
+    if (lanes == LANES && planes)
+        NAME(reenter_of)(1, 1, y, features, x, scaling);
+    else if (lanes == LANES)
+        NAME(reenter_of)(1, 0, y, features, x, scaling);
+    else if (planes)
+        NAME(reenter_of)(4, 1, y, features, x, scaling);
+    else
+        NAME(reenter_of)(4, 0, y, features, x, scaling);
+}
+#else
+static TARGET void NAME(reenter)(const char *y, int64_t features, int64_t lanes, int planes,
+                                 char *x, Scaling *scaling)
+{
+    (void)scaling;
+    if (planes)
+        memcpy(x, y, 2 * features * lanes);
+    for (int64_t k = 0; k < features && !planes; k += 2)
+        for (int64_t m = 0; m < 2 * lanes; m += BYTES) {
+            words from[2] = {LOAD_WORDS(y + 2 * k * lanes + m)}, to[2];
+            if (k + 1 < features)
+                from[1] = LOAD_WORDS(y + 2 * (k + 1) * lanes + m);
+            NAME(zip)(from, to);
+            STORE_WORDS(x + 2 * k * lanes + 2 * m, to[0]);
+            STORE_WORDS(x + 2 * k * lanes + 2 * m + BYTES, to[1]);
+        }
 }
 #endif
 

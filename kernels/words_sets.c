@@ -13,15 +13,17 @@
     {                                                                                              \
         .name = #set, .lanes = 2 * (n), .most_lanes = 4 * (n), .panel = 16 * (n),                  \
         .height = (n), .tall = tall_bf16_##set, .pack = pack_bf16_##set,                           \
-        .enter = enter_bf16_##set, .outputs = outputs_bf16_##set, .leave = leave_bf16_##set,       \
+        .enter = enter_bf16_##set, .reenter = reenter_bf16_##set,                                  \
+        .outputs = outputs_bf16_##set, .leave = leave_bf16_##set,                                  \
         .sddmm = sddmm_bf16_##set, .round = round_bf16_##set                                       \
     }
 
 #define INT8_TABLE(set, n)                                                                         \
     {                                                                                              \
-        .name = #set, .lanes = 4 * (n), .most_lanes = 4 * (n), .height = (n),                      \
+        .name = #set, .lanes = (n), .most_lanes = 4 * (n), .height = (n),                          \
         .tall = tall_int8_##set, .pack = pack_int8_##set, .enter = enter_int8_##set,               \
-        .outputs = outputs_int8_##set, .leave = leave_int8_##set, .quantize = quantize_int8_##set  \
+        .reenter = reenter_int8_##set, .outputs = outputs_int8_##set,                              \
+        .leave = leave_int8_##set, .quantize = quantize_int8_##set                                 \
     }
 
 #define NAME(f) f##_bf16_baseline

@@ -1,5 +1,6 @@
 """SparseSequential, whose linear layers run as one call in inference on a CPU."""
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .conv import SparseConv2d
+from .int8 import Int8SparseLinear
 from .kernels import Chain, ChainLayer, any_autocast, backend, is_traced
 from .layers import SparseLinear
 
@@ -17,12 +19,12 @@ class Prepared(NamedTuple):
     """The call of a network as it was; published whole, so that threads may share it."""
 
     modules: list[nn.Module]
-    start: int  # where the chain begins
-    flattens: bool  # whether with a Flatten, which is no part of its call
-    chain: Chain | None
-    plain: list[tuple[dict, dict, dict]]  # `_ways` of the chain's modules
+    start: int  # where the chains begin
+    flattens: bool  # whether with a Flatten, which is no part of their calls
+    chains: list[Chain]  # one, or more where layers in int8 are next to others
+    plain: list[tuple[dict, dict, dict]]  # `_ways` of the chains' modules
     watched: list[tuple[dict, str, object]]  # what else says what a module computes
-    sparse: list[tuple[SparseLinear, tuple | None]]  # as `SparseLinear._seen` has them
+    sparse: list[tuple[SparseLinear | Int8SparseLinear, object]]  # with what `_is_as` takes
     dense: list[tuple[Tensor, int, torch.Size]]  # parameters, their addresses and shapes
 
     def is_current(self, modules: list[nn.Module]) -> bool:
@@ -48,7 +50,8 @@ class SparseSequential(nn.Sequential):
 
     Without gradients, and where the native kernels run, its end becomes one call that takes a chunk
     of the batch through all layers while it is in cache: block-sparse layers, small dense ones,
-    ReLUs, and a flattening before them. It trains, compiles, exports and moves to a GPU as usual.
+    ReLUs, and a flattening before them. Layers in int8 next to others are a call of their own. It
+    trains, compiles, exports and moves to a GPU as usual.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,13 +64,15 @@ class SparseSequential(nn.Sequential):
         prepared = self.__dict__.get("_prepared")
         if prepared is None or not prepared.is_current(modules):
             self._prepared = prepared = _prepare(modules)
-        if prepared.chain is None:
+        if not prepared.chains:
             return _run(modules, x)
         if prepared.start:
             x = _run(modules[: prepared.start], x)
         if prepared.flattens:
             x = x.flatten(1)
-        return prepared.chain(x)
+        for chain in prepared.chains:
+            x = chain(x)
+        return x
 
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name != "_prepared"}
@@ -119,11 +124,12 @@ def _prepare(modules: list[nn.Module]) -> Prepared:
             layers[-1] = layers[-1]._replace(activation="relu")
         else:
             watched += [(vars(module), "start_dim", 1), (vars(module), "end_dim", -1)]
-    one_type = len({layer.values.dtype for layer in layers}) == 1
-    chain = Chain(layers) if one_type and len(layers) <= Chain.MAX_LAYERS else None
+    of_dtype = [list(run) for _, run in groupby(layers, key=lambda layer: layer.values.dtype)]
+    takes = all(len(run) <= Chain.MAX_LAYERS for run in of_dtype)
+    chains = [Chain(run) for run in of_dtype] if takes else []
     plain = [_ways(module) for module in modules[start:]]
-    flattens = chain is not None and isinstance(modules[start], nn.Flatten)
-    return Prepared(modules, start, flattens, chain, plain, watched, sparse, dense)
+    flattens = len(chains) > 0 and isinstance(modules[start], nn.Flatten)
+    return Prepared(modules, start, flattens, chains, plain, watched, sparse, dense)
 
 
 class Part(NamedTuple):
@@ -142,6 +148,12 @@ def _part(module: nn.Module) -> Part | None:
         if snapshot.chain is None:
             return None
         return Part(snapshot.chain.layers[0], [], [(module, snapshot.seen)], [])
+    if type(module) is Int8SparseLinear:
+        snapshot = module._snapshot()
+        if snapshot.activation == "gelu":
+            return None
+        watched = [(vars(module), "activation", module.activation)]
+        return Part(snapshot.chain.layers[0], watched, [(module, snapshot.seen)], [])
     if type(module) is not nn.Linear:
         return None
     parameters, shape = module._parameters, (module.out_features, module.in_features)
