@@ -43,9 +43,13 @@ static int pack_words(const WordKernels *k, WordLayer *l, const Blocks *blocks, 
 {
     const int64_t rows = ceil_div(l->out, l->R), kept = l->crow[rows] * l->C;
     const int whole = l->planes || l->in % l->per_word == 0;
-    const int as_stored = !blocks->values || (l->R == 1 && !blocks->slots && whole);
-    const int64_t bytes = as_stored ? 0 : 4 * words_before(l, rows);
-    const int64_t inputs = l->C == 1 ? 0 : l->planes ? kept : kept / l->per_word;
+    const int as_stored =
+        !blocks->values || (l->R == 1 && !blocks->slots && whole && !in_groups(l));
+    const int64_t bytes = as_stored ? 0 : 4 * groups_before(l, rows) * l->R;
+    const int64_t inputs = in_groups(l) ? 4 * groups_before(l, rows)
+                           : l->C == 1  ? 0
+                           : l->planes  ? kept
+                                        : kept / l->per_word;
     l->memory = allocate_bytes(bytes + 4 * inputs);
     if (!l->memory)
         return -1;
@@ -111,7 +115,7 @@ static void word_enter_range(void *arg, int64_t i, int worker)
     const int64_t begin = i * WORDS_ENTERING, all = ceil_div(l->in, l->per_word);
     (void)worker;
     s->kernels->enter((const float *)s->rows, s->ldrows / 4, s->count, begin,
-                      min64(all, begin + WORDS_ENTERING), l->planes, s->x, s->lanes);
+                      min64(all, begin + WORDS_ENTERING), l, s->x, s->lanes, &s->scaling);
 }
 
 static void word_output_range(void *arg, int64_t i, int worker)
@@ -146,15 +150,18 @@ static void word_tile(void *arg, int64_t i, int worker)
     s.ranges = s.y + f->y_part;
     char *numbers = s.ranges + f->threads * f->range_part;
     if (k->quantize) {
-        s.scaling.scales = (float *)(numbers + f->x_part);
-        s.scaling.zeros = (int32_t *)(s.scaling.scales + f->tile);
-        memset(s.scaling.scales, 0, 8 * f->tile);
+        float *of_rows = (float *)(numbers + f->x_part);
+        s.scaling = (Scaling){.scales = of_rows, .inverses = of_rows + f->tile,
+                              .shifts = of_rows + 2 * f->tile,
+                              .zeros = (int32_t *)of_rows + 3 * f->tile};
     }
     for (int j = 0; j < f->n; j++) {
         const WordLayer *l = s.layer = &f->layers[j];
         const int64_t words = ceil_div(l->in, l->per_word);
         const int last = j == f->n - 1;
-        if (s.rows && k->quantize) {
+        if (s.rows && k->quantize)
+            k->measure((const float *)s.rows, s.ldrows / 4, s.count, l->in, s.lanes, &s.scaling);
+        if (s.rows && k->quantize && (l->tall || !l->planes)) {
             k->quantize((const float *)s.rows, s.ldrows / 4, s.count, l->in, (uint8_t *)numbers,
                         words, &s.scaling);
             s.rows = numbers, s.ldrows = 4 * words;
@@ -201,7 +208,7 @@ static int word_forward(const WordKernels *k, WordLayer *layers, const Blocks *b
     const int across = tiles >= threads ? threads : 1; /* threads over tiles, or over outputs */
     f.threads = threads / across;
     f.part = 2 * f.rows_part + f.x_part + f.y_part + f.threads * f.range_part;
-    f.part += k->quantize ? f.x_part + 8 * f.tile : 0;
+    f.part += k->quantize ? f.x_part + 16 * f.tile : 0;
     f.scratch = allocate_bytes(across * f.part);
     for (int j = 0; blocks && j < n; j++)
         if (!layers[j].tall && pack_words(k, &layers[j], &blocks[j], threads))
@@ -235,9 +242,11 @@ static void word_sddmm_enter(void *arg, int64_t i, int worker)
     const WordKernels *k = s->kernels;
     (void)worker;
     if (begin < outputs)
-        k->enter(s->grad, s->ldg, s->rows, begin, min64(outputs, end), 1, s->grad_planes, s->lanes);
+        k->enter(s->grad, s->ldg, s->rows, begin, min64(outputs, end), s->layer, s->grad_planes,
+                 s->lanes, NULL);
     if (begin < inputs)
-        k->enter(s->x, s->ldx, s->rows, begin, min64(inputs, end), 1, s->x_planes, s->lanes);
+        k->enter(s->x, s->ldx, s->rows, begin, min64(inputs, end), s->layer, s->x_planes, s->lanes,
+                 NULL);
 }
 
 static void word_sddmm_range(void *arg, int64_t i, int worker)
