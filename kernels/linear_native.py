@@ -164,11 +164,11 @@ class Chain:
     chain(x): x (..., in_features) -> (..., out_features), on a CPU, with no gradient.
 
     Its weights are all float32, all bfloat16 or all int8, contiguous and on the CPU, else
-    ValueError. It reads their memory as it was when the chain was made, and keeps that alive: values
-    may be trained in place, but a parameter that was given other memory or another size needs a new
-    chain, and so does an int8 weight that was written to. Nothing in a chain ever changes, so
-    threads may share it. x is of the dtype of the weights; of any floating dtype for int8, which
-    computes in float32 between its layers.
+    ValueError. It reads their memory as it was when the chain was made, and keeps that alive:
+    values may be trained in place, but a parameter that was given other memory or another size
+    needs a new chain, and so does an int8 weight that was written to. Nothing in a chain ever
+    changes, so threads may share it. x is of the dtype of the weights; of any floating dtype for
+    int8, whose numbers between layers are float32.
     """
 
     MAX_LAYERS = _native.MAX_LAYERS if _native else 0

@@ -19,7 +19,7 @@ class Int8Snapshot(NamedTuple):
 
     chain: Chain  # see `chain_of`
     activation: str
-    seen: list[tuple[str, Tensor | None, int, int]]  # buffers, their addresses and versions
+    seen: list[tuple[str, Tensor | None, int, int]] | None  # see `_seen`
 
 
 class Int8SparseLinear(nn.Module):
@@ -118,7 +118,12 @@ class Int8SparseLinear(nn.Module):
     def _snapshot(self) -> Int8Snapshot:
         """The last one while all that it was made of is unchanged, else a new one."""
         last = self._last
-        if last is None or not self._is_as(last.seen) or self.activation != last.activation:
+        if (
+            last is None
+            or last.seen is None
+            or self.activation != last.activation
+            or not self._is_as(last.seen)
+        ):
             self._last = last = self._take_snapshot()
         return last
 
@@ -133,8 +138,7 @@ class Int8SparseLinear(nn.Module):
 
     def _take_snapshot(self) -> Int8Snapshot:
         tensors, activation = [self._buffers[name] for name in _BUFFERS], self.activation
-        marks = [(0, 0) if t is None else (t.data_ptr(), t._version) for t in tensors]
-        seen = [(name, t, *mark) for name, t, mark in zip(_BUFFERS, tensors, marks, strict=True)]
+        seen = _seen(tensors)  # before they are read: a write shows
         values, scales, bias, *indices = tensors
         features = self.in_features, self.out_features
         pattern = pattern_of(*indices, self.grid)
@@ -148,6 +152,15 @@ class Int8SparseLinear(nn.Module):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         text = f"{sizes}, bias={self.bias is not None}, blocksize={self.blocksize}, int8"
         return text if self.activation == "none" else f"{text}, activation={self.activation}"
+
+
+def _seen(tensors: list[Tensor | None]) -> list[tuple[str, Tensor | None, int, int]] | None:
+    """The buffers with their addresses and versions; None for tensors that may change without a
+    sign, as those of inference mode do."""
+    if any(t is not None and t.is_inference() for t in tensors):
+        return None
+    marks = [(0, 0) if t is None else (t.data_ptr(), t._version) for t in tensors]
+    return [(name, t, *mark) for name, t, mark in zip(_BUFFERS, tensors, marks, strict=True)]
 
 
 _BUFFERS = "weight_values", "weight_scales", "bias", "crow_indices", "col_indices"
