@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .instruction_sets import index_of
-from .linear_native import _native, held, rows
+from .linear_native import Chain, ChainLayer, _native
 from .linear_torch import ACTIVATIONS, to_dense
 from .pattern import Pattern, check_sizes
 
@@ -20,13 +19,10 @@ MOST_INPUTS = 1 << 16  # of an output: sums of more might not fit 32 bits
 
 
 class Int8Weight(NamedTuple):
-    """values: int8 (nnz, C, R); scales: (out_features,), what a 1 stands for, of any float dtype;
-    totals: int32 (out_features,), the sum of the values of an output, which the zero point of x
-    meets"""
+    """values: int8 (nnz, C, R); scales: (out_features,), what a 1 stands for, of any float dtype"""
 
     values: Tensor
     scales: Tensor
-    totals: Tensor
 
 
 def quantized(values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Int8Weight:
@@ -39,12 +35,7 @@ def quantized(values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Int8W
     padded = F.pad(scales.float(), (0, -shape[0] % R), value=1.0).view(-1, R)
     numbers = (values / padded[pattern.row_indices][:, None]).round().clamp(-127, 127)
     numbers = torch.where(numbers.isfinite(), numbers, 0).to(torch.int8)
-    return Int8Weight(numbers, scales, totals_of(numbers, pattern, shape))
-
-
-def totals_of(values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Tensor:
-    """values: int8 (nnz, C, R) -> int32 (out_features,), without what is padding"""
-    return to_dense(values.to(torch.int32), *pattern[:2], shape).sum(1, dtype=torch.int32)
+    return Int8Weight(numbers, scales)
 
 
 def definition(
@@ -81,28 +72,33 @@ def linear(
     x: (batch, in_features) in any floating dtype; bias: (out_features,) -> (batch, out_features)
     ValueError where the tensors do not fit each other.
     """
-    values, scales, totals = weight
-    for name, t, dtype in (("values", values, torch.int8), ("totals", totals, torch.int32)):
-        if t.dtype != dtype or t.device != x.device:
-            raise ValueError(f"expected {name} in {dtype} on {x.device}, got {t.dtype}, {t.device}")
-    for name, t in (("scales", scales), ("totals", totals)):
-        if t.shape != (out_features,):
-            raise ValueError(f"expected {out_features} {name}, got {tuple(t.shape)}")
+    values, scales = weight
+    if values.dtype != torch.int8 or values.device != x.device:
+        raise ValueError(
+            f"expected values in torch.int8 on {x.device}, got {values.dtype}, {values.device}"
+        )
+    if scales.shape != (out_features,):
+        raise ValueError(f"expected {out_features} scales, got {tuple(scales.shape)}")
     check_sizes(values, pattern, bias, x.shape[1], out_features)
     if not x.is_cpu or _native is None:
         return definition(x, weight, pattern, bias, out_features, activation)
-    dtype, x = x.dtype, rows(x.float())
-    values, scales, totals = held(values), held(scales.float()), held(totals)
-    bias = None if bias is None else held(bias.float())
-    (batch, in_features), (_, C, R), (crow, col) = x.shape, values.shape, pattern[:2]
-    y = x.new_empty(batch, out_features)
-    if batch:
-        _native.int8_forward(
-            *(index_of(INSTRUCTION_SETS), torch.get_num_threads()),
-            *(x.data_ptr(), x.stride(0), y.data_ptr(), batch),
-            *(values.data_ptr(), scales.data_ptr(), totals.data_ptr()),
-            *(0 if bias is None else bias.data_ptr(), crow.data_ptr(), col.data_ptr()),
-            *(R, C, in_features, out_features, activation == "relu"),
-        )
-    y = F.gelu(y) if activation == "gelu" else y
-    return y.to(dtype)
+    chain = chain_of(weight, pattern, bias, (x.shape[1], out_features), activation)
+    return call(chain, x, activation)
+
+
+def chain_of(
+    weight: Int8Weight,
+    pattern: Pattern,
+    bias: Tensor | None,
+    features: tuple[int, int],
+    activation: str,
+) -> Chain:
+    """One layer, without the activation where it is GELU; features: (in, out)"""
+    inside = activation if activation == "relu" else "none"
+    return Chain([ChainLayer(weight.values, pattern, bias, *features, inside, weight.scales)])
+
+
+def call(chain: Chain, x: Tensor, activation: str) -> Tensor:
+    """Of such a chain, in float32; x: (..., in_features) -> (..., out_features) in its dtype"""
+    y = chain(x.float())
+    return (F.gelu(y) if activation == "gelu" else y).to(x.dtype)

@@ -105,6 +105,21 @@ def transposed_program(
     return found
 
 
+class Int8Layer:
+    """A layer as the int8 kernels read it, its weight packed into words once.
+
+    It goes with the chain, which is made anew when the weight changes.
+    """
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], *numbers: int):
+        """tensors: values, scales, bias, crow, col; numbers: R, C, in_features, out_features, relu;
+        ValueError where a sum might not fit 32 bits"""
+        addresses = (0 if t is None else t.data_ptr() for t in tensors)
+        self.tensors = tensors  # alive while C may read them
+        self.address = _native.new_int8_layer(*addresses, *numbers)
+        weakref.finalize(self, _native.free_int8_layer, self.address)
+
+
 def rows(x: Tensor) -> Tensor:
     """x: (batch, features), itself if each row is contiguous, else a copy"""
     return x if x.stride(1) == 1 else x.contiguous()
@@ -140,6 +155,7 @@ class ChainLayer(NamedTuple):
     in_features: int
     out_features: int
     activation: str = "none"  # or "relu"
+    scales: Tensor | None = None  # int8: (out_features,), what a 1 stands for, of a floating dtype
 
 
 class Chain:
@@ -147,10 +163,12 @@ class Chain:
 
     chain(x): x (..., in_features) -> (..., out_features), on a CPU, with no gradient.
 
-    Its parameters are all float32 or all bfloat16, contiguous and on the CPU, else ValueError. It
-    reads their memory as it was when the chain was made, and keeps that alive: values may be
-    trained in place, but a parameter that was given other memory or another size needs a new chain.
-    Nothing in a chain ever changes, so threads may share it.
+    Its weights are all float32, all bfloat16 or all int8, contiguous and on the CPU, else
+    ValueError. It reads their memory as it was when the chain was made, and keeps that alive:
+    values may be trained in place, but a parameter that was given other memory or another size
+    needs a new chain, and so does an int8 weight that was written to. Nothing in a chain ever
+    changes, so threads may share it. x is of the dtype of the weights; of any floating dtype for
+    int8, whose numbers between layers are float32.
     """
 
     MAX_LAYERS = _native.MAX_LAYERS if _native else 0
@@ -165,28 +183,26 @@ class Chain:
                 raise ValueError(
                     f"expected in_features {before.out_features}, got {after.in_features}"
                 )
-        self.layers, self.dtype = tuple(layers), layers[0].values.dtype
-        if dtypes := {layer.values.dtype for layer in layers} - {self.dtype}:
-            raise ValueError(f"expected layers in {self.dtype}, got also {dtypes}")
+        self.layers, dtype = tuple(layers), layers[0].values.dtype
+        if dtypes := {layer.values.dtype for layer in layers} - {dtype}:
+            raise ValueError(f"expected layers in {dtype}, got also {dtypes}")
+        self._is_int8 = dtype == torch.int8
+        self.dtype = torch.float32 if self._is_int8 else dtype  # of x
         self.in_features, self.out_features = layers[0].in_features, layers[-1].out_features
         prepared = [_prepare(layer) for layer in layers]
-        self._alive = [(tensors, made) for tensors, _, made in prepared]  # while C may read them
-        self._arguments = [
-            argument
-            for tensors, numbers, _ in prepared
-            for argument in (*(0 if t is None else t.data_ptr() for t in tensors), *numbers)
-        ]
+        self._alive = [alive for alive, _ in prepared]  # while C may read it
+        self._arguments = [argument for _, arguments in prepared for argument in arguments]
 
     @staticmethod
     def takes(layer: ChainLayer) -> bool:
-        """Whether a chain can have it: its parameters as a chain wants them, none or a ReLU."""
+        """Whether a chain can have it: its tensors as a chain wants them, none or a ReLU."""
+        if _native is None or layer.activation not in ("none", "relu"):
+            return False
+        if layer.values.dtype == torch.int8:
+            tensors = layer.values, layer.scales, layer.bias
+            return all(t is None or (type(t) is Tensor and t.is_cpu) for t in tensors)
         tensors = [layer.values] if layer.bias is None else [layer.values, layer.bias]
-        return (
-            _native is not None
-            and layer.activation in ("none", "relu")
-            and all(_is_plain(t) for t in tensors)
-            and tensors[0].dtype == tensors[-1].dtype
-        )
+        return all(_is_plain(t) for t in tensors) and tensors[0].dtype == tensors[-1].dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.is_nested:
@@ -194,6 +210,8 @@ class Chain:
         shape = x.shape
         if not shape or shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(shape)}")
+        if self._is_int8 and x.dtype != self.dtype and x.is_floating_point() and x.is_cpu:
+            return self(x.float()).to(x.dtype)
         if x.dtype != self.dtype or not x.is_cpu:
             raise ValueError(
                 f"expected x in {self.dtype} on cpu, as the weight is, got {x.dtype} on {x.device}"
@@ -211,8 +229,12 @@ class Chain:
             return self._in_bf16(x)
         y = x.new_empty(shape[0], self.out_features)
         if shape[0]:
-            _native.forward(
-                *(instruction_set.get(), torch.get_num_threads()),
+            if self._is_int8:
+                forward, chosen = _native.int8_forward, index_of(_native.INT8_INSTRUCTION_SETS)
+            else:
+                forward, chosen = _native.forward, instruction_set.get()
+            forward(
+                *(chosen, torch.get_num_threads()),
                 *(address, x.stride(0), y.data_ptr(), shape[0]),
                 *self._arguments,
             )
@@ -241,30 +263,41 @@ def _is_plain(t: Tensor) -> bool:
     )
 
 
-def _prepare(layer: ChainLayer) -> tuple[tuple, tuple, Program | None]:
-    """(values, bias, crow, col), (R, C, in_features, out_features, relu, program): what the kernels
-    take, and the program of a float32 layer"""
-    values, pattern, bias, in_features, out_features, activation = layer
+def _prepare(layer: ChainLayer) -> tuple[tuple, tuple[int, ...]]:
+    """What the arguments of a layer refer to, and the arguments: values, bias, crow, col, R, C,
+    in_features, out_features, relu and program, or slots in bf16; in int8 an address"""
+    values, pattern, bias, in_features, out_features, activation, scales = layer
     if activation not in ("none", "relu"):
         raise ValueError(f"expected activation 'none' or 'relu', got {activation!r}")
-    values, bias = (None if t is None else t.detach() for t in (values, bias))
-    for t in (values,) if bias is None else (values, bias):
-        if not _is_plain(t):
-            raise ValueError(
-                f"expected contiguous float32 or bfloat16 tensors on the CPU, "
-                f"got {t.dtype} of strides {t.stride()} on {t.device}"
-            )
+    if values.dtype == torch.int8:
+        if devices := {t.device for t in (values, scales) if not t.is_cpu}:
+            raise ValueError(f"expected an int8 weight on the CPU, got {devices}")
+        values, scales = held(values), held(scales.float())
+        bias = None if bias is None else held(bias.float())
+    else:
+        values, bias = (None if t is None else t.detach() for t in (values, bias))
+        for t in (values,) if bias is None else (values, bias):
+            if not _is_plain(t):
+                raise ValueError(
+                    f"expected contiguous float32 or bfloat16 tensors on the CPU, "
+                    f"got {t.dtype} of strides {t.stride()} on {t.device}"
+                )
     if pattern is None:
         values = values.view(out_features, in_features, 1)
         pattern = _one_block_each(out_features)
     check_sizes(values, pattern, bias, in_features, out_features)
-    _, C, R = values.shape
-    tensors, sizes = (values, bias, *pattern[:2]), (in_features, out_features)
+    (_, C, R), sizes, indices = values.shape, (in_features, out_features), pattern[:2]
     numbers = R, C, *sizes, activation == "relu"
-    if values.dtype == torch.bfloat16:
-        return tensors, (*numbers, 0), None  # no slots: the weight is not a transposed one
-    made = program(pattern, C, R, *sizes)
-    return tensors, (*numbers, made.address), made
+    if values.dtype == torch.int8:
+        if scales.shape != (out_features,):
+            raise ValueError(f"expected {out_features} scales, got {tuple(scales.shape)}")
+        packed = Int8Layer((values, scales, bias, *indices), *numbers)
+        return (packed,), (packed.address,)
+    made = None if values.dtype == torch.bfloat16 else program(pattern, C, R, *sizes)
+    tensors = values, bias, *indices
+    addresses = (0 if t is None else t.data_ptr() for t in tensors)
+    last = 0 if made is None else made.address  # no slots: the weight is not a transposed one
+    return (*tensors, made), (*addresses, *numbers, last)
 
 
 def _one_block_each(out_features: int) -> Pattern:

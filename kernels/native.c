@@ -344,6 +344,8 @@ static PyMethodDef methods[] = {
     {"conv_grad_input", (PyCFunction)(void (*)(void))py_conv_grad_input, METH_FASTCALL, NULL},
     {"conv_grad_weight", (PyCFunction)(void (*)(void))py_conv_grad_weight, METH_FASTCALL, NULL},
     {"bf16_forward", (PyCFunction)(void (*)(void))py_bf16_forward, METH_FASTCALL, NULL},
+    {"new_int8_layer", (PyCFunction)(void (*)(void))py_new_int8_layer, METH_FASTCALL, NULL},
+    {"free_int8_layer", (PyCFunction)(void (*)(void))py_free_int8_layer, METH_FASTCALL, NULL},
     {"int8_forward", (PyCFunction)(void (*)(void))py_int8_forward, METH_FASTCALL, NULL},
     {"bf16_sddmm", (PyCFunction)(void (*)(void))py_bf16_sddmm, METH_FASTCALL, NULL},
     {"unchanged", (PyCFunction)(void (*)(void))py_unchanged, METH_FASTCALL, NULL},

@@ -13,7 +13,6 @@ def int8_linear(
     x: Tensor,
     values: Tensor,
     scales: Tensor,
-    totals: Tensor,
     crow_indices: Tensor,
     col_indices: Tensor,
     bias: Tensor | None,
@@ -27,10 +26,10 @@ def int8_linear(
     grid = grid_of(out_features, x.shape[1], values.shape[1:])
     pattern = pattern_of(crow_indices, col_indices, grid)
     with torch.no_grad():
-        weight = Int8Weight(values, scales, totals)
+        weight = Int8Weight(values, scales)
         return linear(plain(x), weight, pattern, bias, out_features, activation)
 
 
 @int8_linear.register_fake
-def _(x, values, scales, totals, crow_indices, col_indices, bias, out_features, activation):
+def _(x, values, scales, crow_indices, col_indices, bias, out_features, activation):
     return x.new_empty(x.shape[0], out_features)

@@ -28,6 +28,13 @@ class Held(NamedTuple):
             return cls("_parameters", name, parameter)
         return cls("_parameters", name, parameter, memory.data_ptr(), memory.numel())
 
+    @classmethod
+    def buffer(cls, name: str, buffer: Tensor | None, memory: Tensor | None) -> "Held":
+        """A buffer whose numbers, `memory`, are what they were as long as nobody writes to it."""
+        if memory is None:
+            return cls("_buffers", name, buffer)
+        return cls("_buffers", name, buffer, memory.data_ptr(), None, buffer._version)
+
 
 def _unchanged(own: dict, entries: tuple[Held, ...]) -> bool:
     """Whether a module, whose `__dict__` is `own`, holds all of it."""

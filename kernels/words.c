@@ -37,35 +37,43 @@ static void word_pack_range(void *arg, int64_t i, int worker)
                      p->inputs);
 }
 
-/* Sets l->tall, or l->packed and l->inputs, which are in *to unless the layer can be read as it is
-   stored; without values only the inputs. 0, or -1 if there is no memory. */
-static int pack_words(const WordKernels *k, WordLayer *l, const Blocks *blocks, int64_t batch,
-                      int threads, char **to)
+/* Sets l->packed and l->inputs, which are in l->memory unless the layer can be read as it is stored;
+   without values only the inputs. 0, or -1 if there is no memory. */
+static int pack_words(const WordKernels *k, WordLayer *l, const Blocks *blocks, int threads)
 {
-    *to = NULL;
-    l->values = blocks->values;
-    l->tall = blocks->values && !blocks->slots && l->R % k->height == 0 &&
-              is_better_tall(k, l, batch);
-    if (l->tall)
-        return 0;
     const int64_t rows = ceil_div(l->out, l->R), kept = l->crow[rows] * l->C;
     const int whole = l->planes || l->in % l->per_word == 0;
-    const int as_stored = !blocks->values || (l->R == 1 && !blocks->slots && whole);
-    const int64_t bytes = as_stored ? 0 : 4 * words_before(l, rows);
-    const int64_t inputs = l->C == 1 ? 0 : l->planes ? kept : kept / l->per_word;
-    *to = allocate_bytes(bytes + 4 * inputs);
-    if (!*to)
+    const int as_stored =
+        !blocks->values || (l->R == 1 && !blocks->slots && whole && !in_groups(l));
+    const int64_t bytes = as_stored ? 0 : 4 * groups_before(l, rows) * l->R;
+    const int64_t inputs = in_groups(l) ? 4 * groups_before(l, rows)
+                           : l->C == 1  ? 0
+                           : l->planes  ? kept
+                                        : kept / l->per_word;
+    l->memory = allocate_bytes(bytes + 4 * inputs);
+    if (!l->memory)
         return -1;
-    l->packed = as_stored ? NULL : *to;
-    l->inputs = inputs ? (int32_t *)(*to + bytes) : l->col;
+    l->packed = as_stored ? NULL : l->memory;
+    l->inputs = inputs ? (int32_t *)(l->memory + bytes) : l->col;
     if (as_stored && !inputs)
         return 0;
-    WordPack pack = {.kernels = k, .layer = l, .blocks = blocks, .packed = (char *)l->packed,
+    WordPack pack = {.kernels = k, .layer = l, .blocks = blocks,
+                     .packed = as_stored ? NULL : l->memory,
                      .inputs = inputs ? (int32_t *)l->inputs : NULL,
                      .range = of_about(1 << 14, ceil_div(kept * l->R, rows) + 1)};
     parallel_for(kept * l->R < WORTH_A_THREAD ? 1 : threads, ceil_div(rows, pack.range),
                  word_pack_range, &pack);
     return 0;
+}
+
+/* The sums of the outputs' weights in int8 -> totals (out,), which are 0 before. */
+static void add_weights(const WordLayer *l, int32_t *totals)
+{
+    const int8_t *w = (const int8_t *)l->values;
+    for (int64_t i = 0; i * l->R < l->out; i++)
+        for (int64_t j = 0, n = kept_inputs(l, i), first = l->crow[i] * l->C; j < n; j++)
+            for (int64_t r = 0; r < min64(l->R, l->out - i * l->R); r++)
+                totals[i * l->R + r] += w[(first + j) * l->R + r];
 }
 
 typedef struct {
@@ -76,17 +84,18 @@ typedef struct {
     char *y;
     int64_t ldx, ldy, batch, tile; /* ldx, ldy in bytes; rows of a tile, which are its lanes */
     char *scratch;                 /* (workers, part) */
-    int64_t part, rows_part, x_part, y_part; /* bytes */
+    int64_t part, rows_part, x_part, y_part, range_part; /* bytes */
 } WordForward;
 
-/* One layer on one tile of the batch. */
+/* One layer on one tile of the batch, which is rows or, from a layer that leaves it so, lanes. */
 typedef struct {
     const WordKernels *kernels;
     const WordLayer *layer;
-    const char *rows; /* (count, in) */
-    char *x, *y;      /* x transposed; (threads, y_part) outputs, transposed */
-    char *to;         /* (count, out) */
-    int64_t ldrows, ldto, count, lanes, y_part, range;
+    const char *rows;   /* (count, in), or NULL */
+    char *x, *y;        /* the words of lanes; (out, lanes) */
+    char *ranges;       /* (threads, range_part) outputs on their way to rows */
+    char *to;           /* (count, out), or NULL */
+    int64_t ldrows, ldto, count, lanes, range_part, range;
     Scaling scaling;
 } WordStep;
 
@@ -96,6 +105,9 @@ enum { WORDS_ENTERING = 64, OUTPUTS_TAKEN = 64 };
 
 static int64_t word_range(const WordLayer *l) { return 2 * of_about(OUTPUTS_TAKEN / 2, l->R); }
 
+/* Bytes of an output in a lane. */
+static int64_t lane_bytes(const WordKernels *k) { return k->quantize ? 4 : 2; }
+
 static void word_enter_range(void *arg, int64_t i, int worker)
 {
     const WordStep *s = arg;
@@ -103,7 +115,7 @@ static void word_enter_range(void *arg, int64_t i, int worker)
     const int64_t begin = i * WORDS_ENTERING, all = ceil_div(l->in, l->per_word);
     (void)worker;
     s->kernels->enter((const float *)s->rows, s->ldrows / 4, s->count, begin,
-                      min64(all, begin + WORDS_ENTERING), l->planes, s->x, s->lanes);
+                      min64(all, begin + WORDS_ENTERING), l, s->x, s->lanes, &s->scaling);
 }
 
 static void word_output_range(void *arg, int64_t i, int worker)
@@ -112,16 +124,19 @@ static void word_output_range(void *arg, int64_t i, int worker)
     const WordLayer *l = s->layer;
     const int64_t begin = i * s->range, end = min64(ceil_div(l->out, l->R), begin + s->range);
     const int64_t first = begin * l->R, outputs = min64(l->out, end * l->R) - first;
-    char *y = s->y + worker * s->y_part;
     if (l->tall) {
         s->kernels->tall(l, begin, end, s->rows, s->ldrows, &s->scaling, s->to, s->ldto, s->count);
         return;
     }
+    char *y = s->to ? s->ranges + worker * s->range_part
+                    : s->y + first * s->lanes * lane_bytes(s->kernels);
     s->kernels->outputs(l, begin, end, s->x, s->lanes, &s->scaling, y);
-    s->kernels->leave(y, s->lanes, first, outputs, s->to, s->ldto / 4, s->count);
+    if (s->to)
+        s->kernels->leave(y, s->lanes, first, outputs, s->to, s->ldto / 4, s->count);
 }
 
-/* Rows i * tile .. of the batch through all layers, back and forth between two buffers. */
+/* Rows i * tile .. of the batch through all layers. Between two that want rows they are in one of
+   two buffers, between two that want lanes in s.y. */
 static void word_tile(void *arg, int64_t i, int worker)
 {
     const WordForward *f = arg;
@@ -130,35 +145,46 @@ static void word_tile(void *arg, int64_t i, int worker)
     char *buffer = f->scratch + worker * f->part, *other = buffer + f->rows_part;
     WordStep s = {.kernels = k, .rows = f->x + begin * f->ldx, .ldrows = f->ldx,
                   .x = other + f->rows_part, .count = min64(f->tile, f->batch - begin),
-                  .lanes = f->tile, .y_part = f->y_part};
+                  .lanes = f->tile, .range_part = f->range_part};
     s.y = s.x + f->x_part;
+    s.ranges = s.y + f->y_part;
+    char *numbers = s.ranges + f->threads * f->range_part;
+    if (k->quantize) {
+        float *of_rows = (float *)(numbers + f->x_part);
+        s.scaling = (Scaling){.scales = of_rows, .inverses = of_rows + f->tile,
+                              .shifts = of_rows + 2 * f->tile,
+                              .zeros = (int32_t *)of_rows + 3 * f->tile};
+    }
     for (int j = 0; j < f->n; j++) {
         const WordLayer *l = s.layer = &f->layers[j];
         const int64_t words = ceil_div(l->in, l->per_word);
-        if (k->quantize) {
-            char *numbers = s.y + f->threads * f->y_part;
-            s.scaling.scales = (float *)(numbers + f->x_part);
-            s.scaling.zeros = (int32_t *)(s.scaling.scales + f->tile);
-            memset(s.scaling.scales, 0, 8 * f->tile);
+        const int last = j == f->n - 1;
+        if (s.rows && k->quantize)
+            k->measure((const float *)s.rows, s.ldrows / 4, s.count, l->in, s.lanes, &s.scaling);
+        if (s.rows && k->quantize && (l->tall || !l->planes)) {
             k->quantize((const float *)s.rows, s.ldrows / 4, s.count, l->in, (uint8_t *)numbers,
                         words, &s.scaling);
             s.rows = numbers, s.ldrows = 4 * words;
         }
-        s.range = word_range(l);
-        s.ldto = j == f->n - 1 ? f->ldy : row_bytes(k, l->out);
-        s.to = j == f->n - 1 ? f->y + begin * f->ldy : buffer;
-        if (!l->tall)
+        if (!s.rows)
+            k->reenter(s.y, l->in, s.lanes, l->planes, s.x, &s.scaling);
+        else if (!l->tall)
             parallel_for(f->threads, ceil_div(words, WORDS_ENTERING), word_enter_range, &s);
+        s.range = word_range(l);
+        s.ldto = last ? f->ldy : row_bytes(k, l->out);
+        s.to = last ? f->y + begin * f->ldy : l->tall || l[1].tall ? buffer : NULL;
         parallel_for(f->threads, ceil_div(ceil_div(l->out, l->R), s.range), word_output_range, &s);
-        s.rows = s.to, s.ldrows = s.ldto, buffer = other, other = s.to;
+        s.rows = s.to, s.ldrows = s.ldto;
+        if (s.to)
+            buffer = other, other = s.to;
     }
 }
 
-/* 0, or -1 if there is no memory. x, y: (batch, features), rows ldx bytes and row_bytes apart */
+/* 0, or -1 if there is no memory. x, y: (batch, features), rows ldx bytes and row_bytes apart;
+   blocks: of layers that are to be packed for this call, or NULL where they are */
 static int word_forward(const WordKernels *k, WordLayer *layers, const Blocks *blocks, int n,
                         const void *x, int64_t ldx, void *y, int64_t batch, int threads)
 {
-    char *packed[MAX_LAYERS] = {0};
     WordForward f = {.kernels = k, .layers = layers, .n = n, .x = x, .y = y, .ldx = ldx,
                      .ldy = row_bytes(k, layers[n - 1].out), .batch = batch,
                      .tile = batch > k->lanes ? k->most_lanes : k->lanes};
@@ -168,26 +194,31 @@ static int word_forward(const WordKernels *k, WordLayer *layers, const Blocks *b
     if (batch == 0)
         return 0;
     for (int j = 0; j < n; j++) {
-        const WordLayer *l = &layers[j];
+        WordLayer *l = &layers[j];
+        l->tall = l->values && l->R % k->height == 0 && is_better_tall(k, l, batch);
         work += batch * l->crow[ceil_div(l->out, l->R)] * l->R * l->C;
-        f.rows_part = max64(f.rows_part, f.tile * row_bytes(k, l->out));
         f.x_part = max64(f.x_part, 4 * f.tile * ceil_div(l->in, l->per_word));
-        f.y_part = max64(f.y_part, 4 * f.tile * word_range(l) * l->R);
+        f.range_part = max64(f.range_part, 4 * f.tile * word_range(l) * l->R);
+        if (j < n - 1) {
+            f.rows_part = max64(f.rows_part, f.tile * row_bytes(k, l->out));
+            f.y_part = max64(f.y_part, 4 * f.tile * ceil_div(l->out, l->R) * l->R);
+        }
     }
     threads = threads_now((int)max64(1, min64(threads, work / WORTH_A_THREAD)));
     const int across = tiles >= threads ? threads : 1; /* threads over tiles, or over outputs */
     f.threads = threads / across;
-    f.part = 2 * f.rows_part + f.x_part + f.threads * f.y_part;
-    f.part += k->quantize ? f.x_part + 8 * f.tile : 0;
+    f.part = 2 * f.rows_part + f.x_part + f.y_part + f.threads * f.range_part;
+    f.part += k->quantize ? f.x_part + 16 * f.tile : 0;
     f.scratch = allocate_bytes(across * f.part);
-    for (int j = 0; j < n; j++)
-        failed |= pack_words(k, &layers[j], &blocks[j], batch, threads, &packed[j]);
-    if (!f.scratch || failed)
+    for (int j = 0; blocks && j < n; j++)
+        if (!layers[j].tall && pack_words(k, &layers[j], &blocks[j], threads))
+            failed = -1;
+    if (!f.scratch)
         failed = -1;
-    else
+    if (!failed)
         parallel_for(across, tiles, word_tile, &f);
-    for (int j = 0; j < n; j++)
-        free(packed[j]);
+    for (int j = 0; blocks && j < n; j++)
+        free(layers[j].memory);
     free(f.scratch);
     return failed;
 }
@@ -211,9 +242,11 @@ static void word_sddmm_enter(void *arg, int64_t i, int worker)
     const WordKernels *k = s->kernels;
     (void)worker;
     if (begin < outputs)
-        k->enter(s->grad, s->ldg, s->rows, begin, min64(outputs, end), 1, s->grad_planes, s->lanes);
+        k->enter(s->grad, s->ldg, s->rows, begin, min64(outputs, end), s->layer, s->grad_planes,
+                 s->lanes, NULL);
     if (begin < inputs)
-        k->enter(s->x, s->ldx, s->rows, begin, min64(inputs, end), 1, s->x_planes, s->lanes);
+        k->enter(s->x, s->ldx, s->rows, begin, min64(inputs, end), s->layer, s->x_planes, s->lanes,
+                 NULL);
 }
 
 static void word_sddmm_range(void *arg, int64_t i, int worker)
@@ -234,9 +267,9 @@ static int word_sddmm(const WordKernels *k, WordLayer *l, const void *grad, int6
     const int64_t outputs = ceil_div(l->out, 2), inputs = ceil_div(l->in, 2);
     const Blocks none = {0};
     const int64_t lanes = min64(k->panel, ceil_div(batch, k->lanes) * k->lanes);
-    char *packed = NULL, *scratch = allocate_bytes(4 * ((outputs + inputs) * lanes + weights));
+    char *scratch = allocate_bytes(4 * ((outputs + inputs) * lanes + weights));
     threads = threads_now((int)max64(1, min64(threads, weights * batch / WORTH_A_THREAD)));
-    if (!scratch || pack_words(k, l, &none, batch, threads, &packed)) {
+    if (!scratch || pack_words(k, l, &none, threads)) {
         free(scratch);
         return -1;
     }
@@ -253,7 +286,7 @@ static int word_sddmm(const WordKernels *k, WordLayer *l, const void *grad, int6
         parallel_for(threads, ceil_div(rows, s.range), word_sddmm_range, &s);
     }
     k->round(s.gradient.values, weights, values);
-    free(packed);
+    free(l->memory);
     free(scratch);
     return 0;
 }

@@ -18,6 +18,7 @@ typedef struct {
     int per_word;          /* numbers in a word */
     int tall;              /* whether it is taken by rows of the batch, by `tall` below, ... */
     int planes;            /* or else whether x is (in, lanes) numbers, not (words, lanes) words */
+    char *memory;          /* what packed and inputs lie in, or NULL */
     const char *packed;    /* for each block row (groups, R) words, see row_of */
     const char *values;    /* (nnz, C, R), where nothing is packed */
     const int32_t *inputs; /* for each block row, its kept inputs, or words of them */
@@ -42,18 +43,23 @@ static inline int64_t kept_inputs(const WordLayer *l, int64_t i)
                         : (end - begin) * l->C - max64(0, (l->col[end - 1] + 1) * l->C - l->in);
 }
 
-/* Words of packed weights before those of block row i: at least one more than full for each row. */
-static inline int64_t words_before(const WordLayer *l, int64_t i)
+/* Groups before those of block row i: at least one more than full for each row. */
+static inline int64_t groups_before(const WordLayer *l, int64_t i)
 {
-    return (l->crow[i] * l->C / l->per_word + i) * l->R;
+    return l->crow[i] * l->C / l->per_word + i;
 }
+
+/* Whether the inputs of a block row come in whole groups, as its words do. */
+static inline int in_groups(const WordLayer *l) { return l->planes && l->per_word == 4; }
 
 static inline WordRow row_of(const WordLayer *l, int64_t i)
 {
     const int64_t first = l->crow[i] * l->C;
-    return (WordRow){.weights = l->packed ? l->packed + 4 * words_before(l, i)
+    return (WordRow){.weights = l->packed ? l->packed + 4 * groups_before(l, i) * l->R
                                           : l->values + first * (4 / l->per_word),
-                     .inputs = l->inputs + (l->planes ? first : first / l->per_word),
+                     .inputs = l->inputs + (in_groups(l) ? 4 * groups_before(l, i)
+                                            : l->planes  ? first
+                                                         : first / l->per_word),
                      .count = kept_inputs(l, i)};
 }
 
@@ -65,10 +71,11 @@ typedef struct {
     int64_t output_step, input_step;
 } Blocks;
 
-/* Rows of the batch in int8, which stand for scale * (number - zero). */
+/* Rows of the batch in int8, which stand for scale * (number - zero); a number is the whole part of
+   x * inverse + shift, at most 255. All are (lanes,). */
 typedef struct {
-    float *scales;  /* (lanes,) */
-    int32_t *zeros; /* (lanes,) */
+    float *scales, *inverses, *shifts;
+    int32_t *zeros;
 } Scaling;
 
 /* The weight gradient before it is rounded. */
@@ -89,9 +96,12 @@ typedef struct {
     /* block rows begin .. end of what a layer reads */
     void (*pack)(const WordLayer *, const Blocks *, int64_t begin, int64_t end, char *packed,
                  int32_t *inputs);
-    /* words begin .. end of rows (rows, ldx) of words -> x */
+    /* words begin .. end of rows (rows, ldx) of words -> x; in int8 planes are made of floats */
     void (*enter)(const float *rows, int64_t ldx, int64_t n, int64_t begin, int64_t end,
-                  int planes, char *x, int64_t lanes);
+                  const WordLayer *, char *x, int64_t lanes, const Scaling *);
+    /* y (features, lanes) as outputs makes it -> x of the next layer */
+    void (*reenter)(const char *y, int64_t features, int64_t lanes, int planes, char *x,
+                    const Scaling *);
     /* block rows begin .. end -> y, of which their first output is the first */
     void (*outputs)(const WordLayer *, int64_t begin, int64_t end, const char *x, int64_t lanes,
                     const Scaling *, char *y);
@@ -103,9 +113,12 @@ typedef struct {
                   const char *x, int64_t lanes, int first);
     /* floats -> bf16 */
     void (*round)(const float *, int64_t n, uint16_t *);
-    /* int8: x (rows, in) floats -> (rows, words) words, zeros behind `in` */
+    /* int8: of x (rows, in), floats */
+    void (*measure)(const float *x, int64_t ldx, int64_t rows, int64_t in, int64_t lanes,
+                    const Scaling *);
+    /* int8: x -> (rows, words) words, zeros behind `in` */
     void (*quantize)(const float *x, int64_t ldx, int64_t rows, int64_t in, uint8_t *to,
-                     int64_t words, Scaling *);
+                     int64_t words, const Scaling *);
 } WordKernels;
 
 #endif

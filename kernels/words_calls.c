@@ -48,7 +48,8 @@ static PyObject *py_bf16_forward(PyObject *self, PyObject *const *args, Py_ssize
     for (int j = 0; j < n; j++) {
         const long long *l = a + HEAD + j * PER_LAYER;
         const int32_t *slots = (int32_t *)l[SLOTS];
-        layers[j] = (WordLayer){.crow = (int32_t *)l[CROW], .col = (int32_t *)l[COL], .R = l[R],
+        layers[j] = (WordLayer){.values = slots ? NULL : (char *)l[VALUES],
+                                .crow = (int32_t *)l[CROW], .col = (int32_t *)l[COL], .R = l[R],
                                 .C = l[C], .in = l[IN], .out = l[OUT], .per_word = 2,
                                 .planes = l[C] % 2 != 0, .bias = (void *)l[BIAS],
                                 .relu = l[RELU] != 0};
@@ -95,37 +96,82 @@ static PyObject *py_bf16_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t
     return none_or_no_memory(failed);
 }
 
-/* int8_forward(instruction_set, threads, x, ldx, y, batch, values, scales, totals, bias, crow, col,
-   R, C, in, out, relu)
-   x (batch, in) and y (batch, out), which is written: floats. values (nnz, C, R): int8, of which a
-   1 stands for scales[o] (out,) and totals[o] (out,) is the sum of an output's */
-static PyObject *py_int8_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+/* new_int8_layer(values, scales, bias, crow, col, R, C, in, out, relu): the address of a layer, to
+   be given to free_int8_layer
+   values (nnz, C, R): int8, of which a 1 stands for scales[o]; scales, bias (or null): (out,)
+   floats. What the addresses name must outlive it, and is not to change: the weight is packed. */
+static PyObject *py_new_int8_layer(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    enum { SET, THREADS, X, LDX, Y, BATCH, VALUES, SCALES, TOTALS, BIAS, CROW, COL, R, C, IN, OUT,
-           RELU, ARGUMENTS };
+    enum { VALUES, SCALES, BIAS, CROW, COL, R, C, IN, OUT, RELU, ARGUMENTS };
     long long a[ARGUMENTS];
     (void)self;
     if (ints(args, nargs, ARGUMENTS, a))
         return NULL;
-    WordLayer l = {.crow = (int32_t *)a[CROW], .col = (int32_t *)a[COL], .R = a[R], .C = a[C],
-                   .in = a[IN], .out = a[OUT], .per_word = 4, .planes = a[C] % 4 != 0,
-                   .bias = (void *)a[BIAS], .relu = a[RELU] != 0, .scales = (float *)a[SCALES],
-                   .totals = (int32_t *)a[TOTALS]};
-    const Blocks blocks = {.values = (void *)a[VALUES], .output_step = 1, .input_step = a[R]};
-    if (check_word_call(&int8_sets, a) || check_word_layer(&l, blocks.values) ||
-        check_given("scales", l.scales) || check_given("totals", l.totals) ||
-        check_at_least(0, "batch", a[BATCH]) ||
-        check_rows("x", (float *)a[X], a[LDX], a[BATCH]) ||
-        check_rows("y", (float *)a[Y], l.out, a[BATCH]))
+    WordLayer layer = {.values = (char *)a[VALUES], .crow = (int32_t *)a[CROW],
+                       .col = (int32_t *)a[COL], .R = a[R], .C = a[C], .in = a[IN], .out = a[OUT],
+                       .per_word = 4, .planes = a[C] % 4 != 0, .bias = (void *)a[BIAS],
+                       .relu = a[RELU] != 0, .scales = (float *)a[SCALES]};
+    const Blocks blocks = {.values = layer.values, .output_step = 1, .input_step = a[R]};
+    if (check_word_layer(&layer, layer.values) || check_given("scales", layer.scales))
         return NULL;
-    if (l.in > MOST_INT8_INPUTS) {
+    if (layer.in > MOST_INT8_INPUTS) {
         PyErr_Format(PyExc_ValueError, "expected at most %d in_features, so that sums fit 32 bits",
                      MOST_INT8_INPUTS);
         return NULL;
     }
+    WordLayer *made = malloc(sizeof *made);
+    int32_t *totals = calloc(layer.out, sizeof *totals);
+    if (!made || !totals || pack_words(int8_sets.kernels[0], &layer, &blocks, 1)) {
+        free(made);
+        free(totals);
+        return PyErr_NoMemory();
+    }
+    add_weights(&layer, totals);
+    layer.totals = totals;
+    *made = layer;
+    return PyLong_FromVoidPtr(made);
+}
+
+/* free_int8_layer(address) */
+static PyObject *py_free_int8_layer(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    long long address;
+    (void)self;
+    if (ints(args, nargs, 1, &address) || check_given("layer", (void *)address))
+        return NULL;
+    WordLayer *l = (WordLayer *)address;
+    free((void *)l->totals);
+    free(l->memory);
+    free(l);
+    Py_RETURN_NONE;
+}
+
+/* int8_forward(instruction_set, threads, x, ldx, y, batch, *layers)
+   layers: addresses from new_int8_layer; x (batch, in) and y (batch, out of the last), which is
+   written: floats */
+static PyObject *py_int8_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    enum { SET, THREADS, X, LDX, Y, BATCH, HEAD };
+    long long a[HEAD + MAX_LAYERS];
+    WordLayer layers[MAX_LAYERS];
+    const int n = (int)(nargs - HEAD);
+    (void)self;
+    if (ints_of_layers(args, nargs, HEAD, 1, a))
+        return NULL;
+    for (int j = 0; j < n; j++) {
+        if (check_given("layer", (void *)a[HEAD + j]))
+            return NULL;
+        layers[j] = *(const WordLayer *)a[HEAD + j];
+        if (j && check_follows(j, layers[j - 1].out, layers[j].in))
+            return NULL;
+    }
+    if (check_word_call(&int8_sets, a) || check_at_least(0, "batch", a[BATCH]) ||
+        check_rows("x", (float *)a[X], a[LDX], a[BATCH]) ||
+        check_rows("y", (float *)a[Y], layers[n - 1].out, a[BATCH]))
+        return NULL;
     int failed;
     Py_BEGIN_ALLOW_THREADS;
-    failed = word_forward(int8_sets.kernels[a[SET]], &l, &blocks, 1, (void *)a[X], 4 * a[LDX],
+    failed = word_forward(int8_sets.kernels[a[SET]], layers, NULL, n, (void *)a[X], 4 * a[LDX],
                           (void *)a[Y], a[BATCH], (int)min64(a[THREADS], MAX_THREADS));
     Py_END_ALLOW_THREADS;
     return none_or_no_memory(failed);

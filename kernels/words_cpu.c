@@ -71,6 +71,10 @@ INLINE ints NAME(dot)(ints acc, words w, words x)
 #define WIDEN(p) __builtin_convertvector(*(const NAME(numbers) *)(p), words)
 #endif
 
+#ifndef NARROW /* and back */
+#define NARROW(p, v) UNROLL for (int a = 0; a < LANES; a++) ((NUMBER *)(p))[a] = (NUMBER)(v)[a]
+#endif
+
 /* Zips and unzips of 16 or 8 bits, in each 128 bits by itself: LO takes the first half of both
    vectors, or the even ones. */
 #define PAIR16(q) q, 2 * LANES + q
@@ -141,15 +145,18 @@ static TARGET void NAME(pack)(const WordLayer *l, const Blocks *b, int64_t begin
     for (int64_t i = begin; i < end; i++) {
         const int64_t first = l->crow[i], count = kept_inputs(l, i);
         int64_t n = first, c = 0;
-        if (inputs && l->planes)
-            for (int64_t j = 0; j < count; j++)
-                inputs[first * C + j] = (int32_t)(l->col[first + j / C] * C + j % C);
+        if (inputs && l->planes) { /* a group is filled up with inputs whose weights are 0 */
+            const int64_t whole = in_groups(l) ? ceil_div(count, 4) * 4 : count;
+            int32_t *list = inputs + (in_groups(l) ? 4 * groups_before(l, i) : first * C);
+            for (int64_t j = 0; j < whole; j++)
+                list[j] = j < count ? (int32_t)(l->col[first + j / C] * C + j % C) : 0;
+        }
         else if (inputs)
             for (int64_t j = 0, per = C / PER_WORD; j < ceil_div(count, PER_WORD); j++)
                 inputs[first * per + j] = (int32_t)(l->col[first + j / per] * per + j % per);
         if (!packed)
             continue;
-        Word *to = (Word *)packed + words_before(l, i);
+        Word *to = (Word *)packed + groups_before(l, i) * R;
         for (int64_t j = 0; j < count; j += PER_WORD, to += R) {
             const NUMBER *from[PER_WORD], *at = b->values;
             NUMBER keep[PER_WORD]; /* nothing of a number beyond the last */
@@ -179,11 +186,180 @@ static TARGET void NAME(pack)(const WordLayer *l, const Blocks *b, int64_t begin
     }
 }
 
+/* nv vectors of words of as many inputs -> words, or planes `pitch` bytes apart */
+INLINE void NAME(put)(const int nv, const int planes, const words *from, char *to, int64_t pitch)
+{
+    if (!planes)
+        UNROLL for (int v = 0; v < nv; v++) STORE_WORDS(to + v * BYTES, from[v]);
+    else if (nv < PER_WORD)
+        UNROLL for (int t = 0; t < PER_WORD; t++) {
+            const words numbers = from[0] >> 32 / PER_WORD * t;
+            NARROW(to + t * pitch, numbers);
+        }
+    else
+        UNROLL for (int u = 0; u < nv / PER_WORD; u++) {
+            words some[PER_WORD];
+            NAME(unzip)(from + u * PER_WORD, some);
+            UNROLL for (int t = 0; t < PER_WORD; t++)
+                STORE_WORDS(to + t * pitch + u * BYTES, some[t]);
+        }
+}
+
+/* The words of a tile of nv vectors that hold the first `count` numbers of `inputs`: xs[v]. */
+INLINE void NAME(get)(const int nv, const int planes, const int32_t *inputs, const int count,
+                      const char *x, words *xs)
+{
+    const int64_t pitch = (int64_t)nv * LANES * (planes ? sizeof(NUMBER) : 4);
+    if (!planes)
+        UNROLL for (int v = 0; v < nv; v++) xs[v] = LOAD_WORDS(x + *inputs * pitch + v * BYTES);
+    else if (nv < PER_WORD) {
+        xs[0] = WIDEN(x + *inputs * pitch);
+        UNROLL for (int t = 1; t < PER_WORD; t++) if (t < count)
+            xs[0] |= WIDEN(x + inputs[t] * pitch) << 32 / PER_WORD * t;
+    } else
+        UNROLL for (int u = 0; u < nv / PER_WORD; u++) {
+            words some[PER_WORD];
+            UNROLL for (int t = 0; t < PER_WORD; t++)
+                some[t] = t < count ? LOAD_WORDS(x + inputs[t] * pitch + u * BYTES) : (words){0};
+            NAME(zip)(some, xs + u * PER_WORD);
+        }
+}
+
+#if PER_WORD == 4
+#ifndef MAX_INTS
+#define LARGER(a, b) (((a) & ((a) > (b))) | ((b) & ~((a) > (b))))
+#define MAX_INTS(a, b) LARGER(a, b)
+#define MAX_WORDS(a, b) LARGER(a, b)
+#endif
+
+/* How rows become 256 steps from their least to their largest number, 0 among them and exact. Where
+   all are as good as 0 the scale is 0, and where they are not finite NaN. most and least: (n,) bits
+   of those numbers. The bits of floats are in their order as ints if positive, and as unsigned ints
+   if negative, in reverse: NaN and infinity are beyond the rest. */
+static TARGET void NAME(steps)(const int32_t *most, const uint32_t *least, int64_t n,
+                               const Scaling *to)
+{
+    for (int64_t m = 0; m < n; m++) {
+        const uint32_t negative = least[m] >> 31 ? least[m] : 0;
+        float high, low;
+        memcpy(&high, most + m, 4);
+        memcpy(&low, &negative, 4);
+        const float step = high / 255 - low / 255;
+        const int any = step > 0x1p-120f && step < INFINITY;
+        const float inverse = any ? 1 / step : 0, zero = any ? 0.5f - low * inverse : 0;
+        to->scales[m] = any ? step : step - step;
+        to->inverses[m] = inverse;
+        to->zeros[m] = (int32_t)zero;
+        to->shifts[m] = (float)(int32_t)zero + 0.5f;
+    }
+}
+
+static TARGET void NAME(measure)(const float *x, int64_t ldx, int64_t rows, int64_t in,
+                                 int64_t lanes, const Scaling *scaling)
+{
+    int32_t mosts[4 * LANES] = {0};
+    uint32_t leasts[4 * LANES] = {0};
+    for (int64_t m = 0; m < rows; m++, x += ldx) {
+        ints most = {0};
+        words least = {0}, bits = {0};
+        int64_t k = 0;
+        for (; k + LANES <= in; k += LANES) {
+            bits = LOAD_WORDS(x + k);
+            most = MAX_INTS((ints)bits, most);
+            least = MAX_WORDS(bits, least);
+        }
+        bits = (words){0};
+        memcpy(&bits, x + k, 4 * (in - k));
+        most = MAX_INTS((ints)bits, most);
+        least = MAX_WORDS(bits, least);
+        UNROLL for (int a = 0; a < LANES; a++) {
+            mosts[m] = most[a] > mosts[m] ? most[a] : mosts[m];
+            leasts[m] = least[a] > leasts[m] ? least[a] : leasts[m];
+        }
+    }
+    NAME(steps)(mosts, leasts, lanes, scaling);
+}
+
+/* Numbers of int8, each in a word. */
+INLINE words NAME(stepped)(floats v, floats inverse, floats shift)
+{
+    const ints steps = __builtin_convertvector(v * inverse + shift, ints); /* at least 0 */
+    return (words)((steps & (steps < 256)) | (255 & ~(steps < 256)));
+}
+
+static TARGET void NAME(quantize)(const float *x, int64_t ldx, int64_t rows, int64_t in,
+                                  uint8_t *to, int64_t packed, const Scaling *scaling)
+{
+    for (int64_t m = 0; m < rows; m++, x += ldx, to += 4 * packed) {
+        const float inverse = scaling->inverses[m], shift = scaling->shifts[m];
+        for (int64_t k = 0; k < in; k++) {
+            const int32_t steps = (int32_t)(x[k] * inverse + shift); /* at least 0 */
+            to[k] = (uint8_t)(steps > 255 ? 255 : steps);
+        }
+        memset(to + in, 0, 4 * packed - in);
+    }
+}
+
+/* Inputs begin .. end of rows of floats -> planes of nv vectors. The words that are transposed hold
+   the numbers of nv rows for one input. */
+INLINE void NAME(enter_planes)(const int nv, const float *rows, int64_t ldx, int64_t n,
+                               int64_t begin, int64_t end, char *x, const Scaling *scaling)
+{
+#define TURN4(q) q, q + 4, q + 8, q + 12
+#define TURN(q) TURN4(q), TURN4(q + 1), TURN4(q + 2), TURN4(q + 3)
+    float padded[4 * LANES * LANES];
+    for (int64_t k = begin; k < end; k += LANES) {
+        const int64_t count = min64(LANES, end - k);
+        const float *from = rows + k;
+        int64_t ld = ldx;
+        words some[LANES];
+        if (count < LANES || n < nv * LANES) { /* what is not there becomes 0 */
+            memset(padded, 0, nv * LANES * BYTES);
+            for (int64_t m = 0; m < n; m++) memcpy(padded + m * LANES, from + m * ldx, 4 * count);
+            from = padded, ld = LANES;
+        }
+        UNROLL for (int m = 0; m < LANES; m++) {
+            some[m] = (words){0};
+            UNROLL for (int v = 0; v < nv; v++) {
+                const int64_t row = v * LANES + m;
+                const floats numbers = *(const floats *)(from + row * ld);
+                some[m] |= NAME(stepped)(numbers, scaling->inverses[row] - (floats){0},
+                                         scaling->shifts[row] - (floats){0}) << 8 * v;
+            }
+        }
+        FLOATS(transpose_block)((FLOATS(vec) *)some);
+        for (int64_t j = 0; j < count; j++)
+            if (nv == 1) {
+                NARROW(x + (k + j) * LANES, some[j]);
+            } else
+                STORE_WORDS(x + (k + j) * BYTES, SHUFFLE8(TURN, some[j], some[j]));
+    }
+#undef TURN
+#undef TURN4
+}
+#endif
+
+#if PER_WORD == 4
 static TARGET void NAME(enter)(const float *rows, int64_t ldx, int64_t n, int64_t begin,
-                               int64_t end, int planes, char *x, int64_t lanes)
+                               int64_t end, const WordLayer *l, char *x, int64_t lanes,
+                               const Scaling *scaling)
+{
+    if (!l->planes)
+        FLOATS(transpose)(rows + begin, ldx, n, end - begin, (float *)x + begin * lanes, lanes,
+                          lanes);
+    else if (lanes == LANES)
+        NAME(enter_planes)(1, rows, ldx, n, 4 * begin, min64(l->in, 4 * end), x, scaling);
+    else
+        NAME(enter_planes)(4, rows, ldx, n, 4 * begin, min64(l->in, 4 * end), x, scaling);
+}
+#else
+static TARGET void NAME(enter)(const float *rows, int64_t ldx, int64_t n, int64_t begin,
+                               int64_t end, const WordLayer *l, char *x, int64_t lanes,
+                               const Scaling *scaling)
 {
     float some[LANES * 8 * PER_WORD * LANES];
-    if (!planes) {
+    (void)scaling;
+    if (!l->planes) {
         FLOATS(transpose)(rows + begin, ldx, n, end - begin, (float *)x + begin * lanes, lanes,
                           lanes);
         return;
@@ -192,17 +368,12 @@ static TARGET void NAME(enter)(const float *rows, int64_t ldx, int64_t n, int64_
         const int64_t count = min64(LANES, end - k);
         FLOATS(transpose)(rows + k, ldx, n, count, some, lanes, lanes);
         for (int64_t j = 0; j < count; j++)
-            for (int64_t m = 0; m < lanes; m += PER_WORD * LANES) {
-                words from[PER_WORD], to[PER_WORD];
-                UNROLL for (int t = 0; t < PER_WORD; t++)
-                    from[t] = LOAD_WORDS(some + j * lanes + m + t * LANES);
-                NAME(unzip)(from, to);
-                UNROLL for (int t = 0; t < PER_WORD; t++)
-                    STORE_WORDS(x + ((k + j) * PER_WORD + t) * lanes * sizeof(NUMBER) +
-                                    m * sizeof(NUMBER), to[t]);
-            }
+            for (int64_t m = 0; m < lanes; m += 2 * LANES)
+                NAME(put)(2, 1, (const words *)(some + j * lanes + m),
+                          x + 4 * (k + j) * lanes + 2 * m, 2 * lanes);
     }
 }
+#endif
 
 /* acc (outputs, nv) += the first `outputs` outputs of a block row for nv vectors of the batch. One
    output is taken in two chains, to hide the latency of its additions. */
@@ -211,10 +382,10 @@ INLINE void NAME(products)(const int outputs, const int nv, const int planes, co
 {
     enum { MOST = 4 };
     const int chains = outputs == 1 ? 2 : 1;
-    const int64_t pitch = (int64_t)nv * LANES * (planes ? sizeof(NUMBER) : 4);
-    const int64_t groups = planes ? row->count / PER_WORD : ceil_div(row->count, PER_WORD);
+    const int in_part = planes && PER_WORD == 2 && row->count % 2; /* whether a word is not full */
+    const int64_t groups = row->count / PER_WORD + (!in_part && row->count % PER_WORD);
     SUMS acc[2 * MOST * 2 * PER_WORD];
-    words xs[2 * PER_WORD], some[PER_WORD];
+    words xs[2 * PER_WORD];
     int64_t g = 0;
     UNROLL for (int a = 0; a < chains * outputs * nv; a++) acc[a] = (SUMS){0};
 #define ADD(chain, weight)                                                                         \
@@ -226,34 +397,18 @@ INLINE void NAME(products)(const int outputs, const int nv, const int planes, co
     }
 #define GROUP(chain, g)                                                                            \
     {                                                                                              \
-        if (planes)                                                                                \
-            UNROLL for (int u = 0; u < nv / PER_WORD; u++) {                                       \
-                UNROLL for (int t = 0; t < PER_WORD; t++)                                          \
-                    some[t] = LOAD_WORDS(x + row->inputs[(g) * PER_WORD + t] * pitch + u * BYTES); \
-                NAME(zip)(some, xs + u * PER_WORD);                                                \
-            }                                                                                      \
-        else                                                                                       \
-            UNROLL for (int v = 0; v < nv; v++)                                                    \
-                xs[v] = LOAD_WORDS(x + row->inputs[g] * pitch + v * BYTES);                        \
+        NAME(get)(nv, planes, row->inputs + (g) * (planes ? PER_WORD : 1), PER_WORD, x, xs);       \
         ADD(chain, ((const Word *)weights)[(g) * R + o])                                           \
     }
     for (; g + chains <= groups; g += chains)
         UNROLL for (int j = 0; j < chains; j++) GROUP(j, g + j)
     for (; chains > 1 && g < groups; g++)
         GROUP(0, g)
-    if (planes && row->count % PER_WORD) { /* a word that is not full; numbers that are not there
-                                              might be anything, even NaN, so they count as 0 */
-        UNROLL for (int u = 0; u < nv / PER_WORD; u++) {
-            UNROLL for (int t = 0; t < PER_WORD; t++) {
-                some[t] = (words){0};
-                if (t < row->count % PER_WORD)
-                    some[t] = LOAD_WORDS(x + row->inputs[g * PER_WORD + t] * pitch + u * BYTES);
-            }
-            NAME(zip)(some, xs + u * PER_WORD);
-        }
+    if (in_part) { /* numbers that are not there might be anything, even NaN: they count as 0 */
+        NAME(get)(nv, 1, row->inputs + g * PER_WORD, 1, x, xs);
         UNROLL for (int o = 0; o < outputs; o++) {
             Word last = 0;
-            memcpy(&last, weights + 4 * (g * R + o), row->count % PER_WORD * sizeof(NUMBER));
+            memcpy(&last, weights + 4 * (g * R + o), sizeof(NUMBER));
             const words w = (words){0} + last;
             UNROLL for (int v = 0; v < nv; v++)
                 acc[o * nv + v] = DOT(acc[o * nv + v], w, xs[v]);
@@ -385,19 +540,16 @@ INLINE void NAME(outputs_of)(const int nv, const int planes, const WordLayer *l,
 static TARGET void NAME(outputs)(const WordLayer *l, int64_t begin, int64_t end, const char *x,
                                  int64_t lanes, const Scaling *scaling, char *y)
 {
-    const int planes = l->planes;
-    (void)lanes;
-#if PER_WORD == 2
-    if (lanes == 2 * PER_WORD * LANES && planes)
-        NAME(outputs_of)(2 * PER_WORD, 1, l, begin, end, x, scaling, y);
-    else if (lanes == 2 * PER_WORD * LANES)
-        NAME(outputs_of)(2 * PER_WORD, 0, l, begin, end, x, scaling, y);
-    else
-#endif
-    if (planes)
-        NAME(outputs_of)(PER_WORD, 1, l, begin, end, x, scaling, y);
-    else
-        NAME(outputs_of)(PER_WORD, 0, l, begin, end, x, scaling, y);
+#define TILE_OF(nv)                                                                                \
+    if (lanes == (nv) * LANES) {                                                                   \
+        if (l->planes)                                                                             \
+            NAME(outputs_of)(nv, 1, l, begin, end, x, scaling, y);                                 \
+        else                                                                                       \
+            NAME(outputs_of)(nv, 0, l, begin, end, x, scaling, y);                                 \
+    }
+    TILE_OF(PER_WORD)
+    TILE_OF(PER_WORD == 2 ? 4 : 1)
+#undef TILE_OF
 }
 
 /* A register tile: LANES outputs of block row i from r0 for `rows` rows of the batch, x as it
@@ -565,41 +717,68 @@ static TARGET void NAME(round)(const float *from, int64_t n, uint16_t *to)
 #endif
 
 #if PER_WORD == 4
-/* Each row of x in 256 steps from its least to its largest number, 0 among them and exact. A row
-   that is not finite is NaN in every output. The bits of floats are in their order as ints if
-   positive, and as unsigned ints if negative, in reverse: NaN and infinity are beyond the rest. */
-static TARGET void NAME(quantize)(const float *x, int64_t ldx, int64_t rows, int64_t in,
-                                  uint8_t *to, int64_t packed, Scaling *scaling)
+/* The same for the lanes of nv vectors, from features to features. */
+INLINE void NAME(reenter_of)(const int nv, const int planes, const char *y, int64_t features,
+                             char *x, const Scaling *scaling)
 {
-    for (int64_t m = 0; m < rows; m++, x += ldx, to += 4 * packed) {
-        int32_t most = 0;
-        uint32_t least = 0;
-        for (int64_t k = 0; k < in; k++) {
-            const Word bits = ((const Word *)x)[k];
-            most = (int32_t)bits > most ? (int32_t)bits : most;
-            least = bits > least ? bits : least;
+    const int64_t pitch = nv * LANES * (planes ? 1 : 4);
+    ints most[4];
+    words least[4];
+    floats inverse[4], shift[4];
+    UNROLL for (int v = 0; v < nv; v++) most[v] = (ints){0}, least[v] = (words){0};
+    for (int64_t k = 0; k < features; k++)
+        UNROLL for (int v = 0; v < nv; v++) {
+            const words bits = LOAD_WORDS(y + (k * nv + v) * BYTES);
+            most[v] = MAX_INTS((ints)bits, most[v]);
+            least[v] = MAX_WORDS(bits, least[v]);
         }
-        float high, low = 0;
-        memcpy(&high, &most, 4);
-        if (least >> 31)
-            memcpy(&low, &least, 4);
-        const float step = high / 255 - low / 255;
-        const float inverse = step > 0x1p-120f && step < INFINITY ? 1 / step : 0;
-        if (inverse == 0) { /* all as good as 0, or not finite */
-            scaling->scales[m] = step - step; /* 0, or NaN */
-            scaling->zeros[m] = 0;
-            memset(to, 0, 4 * packed);
-            continue;
-        }
-        const float zero = (float)(int32_t)(0.5f - low * inverse);
-        scaling->scales[m] = step;
-        scaling->zeros[m] = (int32_t)zero;
-        memset(to + in, 0, 4 * packed - in);
-        for (int64_t k = 0; k < in; k++) {
-            const int32_t steps = (int32_t)(x[k] * inverse + (zero + 0.5f)); /* at least 0 */
-            to[k] = (uint8_t)(steps > 255 ? 255 : steps);
-        }
+    NAME(steps)((int32_t *)most, (uint32_t *)least, nv * LANES, scaling);
+    UNROLL for (int v = 0; v < nv; v++) {
+        inverse[v] = *(const floats *)(scaling->inverses + v * LANES);
+        shift[v] = *(const floats *)(scaling->shifts + v * LANES);
     }
+    for (int64_t k = 0; k < features; k += 4) {
+        words to[4];
+        UNROLL for (int v = 0; v < nv; v++) to[v] = (words){0};
+        UNROLL for (int t = 0; t < 4; t++) if (k + t < features)
+            UNROLL for (int v = 0; v < nv; v++) {
+                const floats number = *(const floats *)(y + ((k + t) * nv + v) * BYTES);
+                to[v] |= NAME(stepped)(number, inverse[v], shift[v]) << 8 * t;
+            }
+        NAME(put)(nv, planes, to, x + k * pitch / (planes ? 1 : 4), pitch);
+    }
+}
+
+static TARGET void NAME(reenter)(const char *y, int64_t features, int64_t lanes, int planes,
+                                 char *x, const Scaling *scaling)
+{
+    if (lanes == LANES && planes)
+        NAME(reenter_of)(1, 1, y, features, x, scaling);
+    else if (lanes == LANES)
+        NAME(reenter_of)(1, 0, y, features, x, scaling);
+    else if (planes)
+        NAME(reenter_of)(4, 1, y, features, x, scaling);
+    else
+        NAME(reenter_of)(4, 0, y, features, x, scaling);
+}
+#endif
+
+#if PER_WORD == 2
+static TARGET void NAME(reenter)(const char *y, int64_t features, int64_t lanes, int planes,
+                                 char *x, const Scaling *scaling)
+{
+    (void)scaling;
+    if (planes)
+        memcpy(x, y, 2 * features * lanes);
+    for (int64_t k = 0; k < features && !planes; k += 2)
+        for (int64_t m = 0; m < 2 * lanes; m += BYTES) {
+            words from[2] = {LOAD_WORDS(y + 2 * k * lanes + m)}, to[2];
+            if (k + 1 < features)
+                from[1] = LOAD_WORDS(y + 2 * (k + 1) * lanes + m);
+            NAME(zip)(from, to);
+            STORE_WORDS(x + 2 * k * lanes + 2 * m, to[0]);
+            STORE_WORDS(x + 2 * k * lanes + 2 * m + BYTES, to[1]);
+        }
 }
 #endif
 
@@ -636,6 +815,10 @@ static TARGET void NAME(quantize)(const float *x, int64_t ldx, int64_t rows, int
 #undef EVEN8
 #undef UNZIP_LO8
 #undef UNZIP_HI8
+#undef MAX_INTS
+#undef NARROW
+#undef MAX_WORDS
+#undef LARGER
 #undef EACH_QUAD
 #undef SHUFFLE16
 #undef SHUFFLE8

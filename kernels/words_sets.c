@@ -13,15 +13,18 @@
     {                                                                                              \
         .name = #set, .lanes = 2 * (n), .most_lanes = 4 * (n), .panel = 16 * (n),                  \
         .height = (n), .tall = tall_bf16_##set, .pack = pack_bf16_##set,                           \
-        .enter = enter_bf16_##set, .outputs = outputs_bf16_##set, .leave = leave_bf16_##set,       \
+        .enter = enter_bf16_##set, .reenter = reenter_bf16_##set,                                  \
+        .outputs = outputs_bf16_##set, .leave = leave_bf16_##set,                                  \
         .sddmm = sddmm_bf16_##set, .round = round_bf16_##set                                       \
     }
 
 #define INT8_TABLE(set, n)                                                                         \
     {                                                                                              \
-        .name = #set, .lanes = 4 * (n), .most_lanes = 4 * (n), .height = (n),                      \
+        .name = #set, .lanes = (n), .most_lanes = 4 * (n), .height = (n),                          \
         .tall = tall_int8_##set, .pack = pack_int8_##set, .enter = enter_int8_##set,               \
-        .outputs = outputs_int8_##set, .leave = leave_int8_##set, .quantize = quantize_int8_##set  \
+        .reenter = reenter_int8_##set, .outputs = outputs_int8_##set,                              \
+        .leave = leave_int8_##set, .measure = measure_int8_##set,                                  \
+        .quantize = quantize_int8_##set                                                            \
     }
 
 #define NAME(f) f##_bf16_baseline
@@ -87,6 +90,8 @@ static const WordKernels bf16_avx512_bf16 = BF16_TABLE(avx512_bf16, 16);
 #define LANES 8
 #define PER_WORD 4
 #define ADD_PAIRS(a, b) ((ints)_mm256_madd_epi16((__m256i)(a), (__m256i)(b)))
+#define MAX_INTS(a, b) ((ints)_mm256_max_epi32((__m256i)(a), (__m256i)(b)))
+#define MAX_WORDS(a, b) ((words)_mm256_max_epu32((__m256i)(a), (__m256i)(b)))
 #include "words_cpu.c"
 static const WordKernels int8_avx2 = INT8_TABLE(avx2, 8);
 
@@ -97,6 +102,8 @@ static const WordKernels int8_avx2 = INT8_TABLE(avx2, 8);
 #define PER_WORD 4
 #define DOT(acc, w, x) \
     ((ints)_mm256_dpbusd_avx_epi32((__m256i)(acc), (__m256i)(x), (__m256i)(w)))
+#define MAX_INTS(a, b) ((ints)_mm256_max_epi32((__m256i)(a), (__m256i)(b)))
+#define MAX_WORDS(a, b) ((words)_mm256_max_epu32((__m256i)(a), (__m256i)(b)))
 #include "words_cpu.c"
 static const WordKernels int8_avx_vnni = INT8_TABLE(avx_vnni, 8);
 
@@ -106,7 +113,10 @@ static const WordKernels int8_avx_vnni = INT8_TABLE(avx_vnni, 8);
 #define LANES 16
 #define PER_WORD 4
 #define WIDEN(p) ((words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p))))
+#define NARROW(p, v) _mm_storeu_si128((__m128i *)(p), _mm512_cvtepi32_epi8((__m512i)(v)))
 #define ADD_PAIRS(a, b) ((ints)_mm512_madd_epi16((__m512i)(a), (__m512i)(b)))
+#define MAX_INTS(a, b) ((ints)_mm512_max_epi32((__m512i)(a), (__m512i)(b)))
+#define MAX_WORDS(a, b) ((words)_mm512_max_epu32((__m512i)(a), (__m512i)(b)))
 #include "words_cpu.c"
 static const WordKernels int8_avx512 = INT8_TABLE(avx512, 16);
 
@@ -116,7 +126,10 @@ static const WordKernels int8_avx512 = INT8_TABLE(avx512, 16);
 #define LANES 16
 #define PER_WORD 4
 #define WIDEN(p) ((words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p))))
+#define NARROW(p, v) _mm_storeu_si128((__m128i *)(p), _mm512_cvtepi32_epi8((__m512i)(v)))
 #define DOT(acc, w, x) ((ints)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(x), (__m512i)(w)))
+#define MAX_INTS(a, b) ((ints)_mm512_max_epi32((__m512i)(a), (__m512i)(b)))
+#define MAX_WORDS(a, b) ((words)_mm512_max_epu32((__m512i)(a), (__m512i)(b)))
 #include "words_cpu.c"
 static const WordKernels int8_avx512_vnni = INT8_TABLE(avx512_vnni, 16);
 #endif

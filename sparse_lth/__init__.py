@@ -14,11 +14,12 @@ if find_spec(f"{__name__}.kernels") is None:  # a checkout: it is the kernels/ f
 
 from .conv import SparseConv2d
 from .convert import Conversion, conversion, sparsify_
+from .int8 import Int8SparseLinear
 from .kernels import backends
 from .layers import SparseLinear
 from .masks import block_l1_unstructured
 from .program import models as _models  # noqa: F401, whose networks load_sparse can name
-from .quantize import Int8SparseLinear, quantize_
+from .quantize import quantize_
 from .saving import load_sparse, save_sparse
 from .search import Search, find_ticket
 from .sequential import SparseSequential

@@ -408,7 +408,7 @@ def _seen(tensors: tuple, alive: tuple, activation: str) -> tuple[Held, ...] | N
     return (
         Held.trained("weight_values", tensors[0], values),
         Held.trained("bias", tensors[1], bias),
-        *(Held("_buffers", n, t, at.data_ptr(), None, t._version) for n, t, at in indices),
+        *(Held.buffer(*index) for index in indices),
         Held("_buffers", "weight_kept", tensors[4]),
         Held(None, "activation", activation),
     )

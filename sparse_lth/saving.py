@@ -15,8 +15,8 @@ from .bsr import blocksize_of
 from .convert import empty, is_weighted, own_hooks, replace
 from .files import FormatError, TicketError, load_tensors, save_tensors
 from .huggingface import refuse_from_pretrained
+from .int8 import Int8SparseLinear
 from .kernels.pattern import row_indices
-from .quantize import Int8SparseLinear
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {}  # of networks that a file can name
 
@@ -122,7 +122,6 @@ def _compact(model: nn.Module) -> dict[str, Tensor | None]:
             at = row_indices(module.crow_indices.cpu(), len(module.col_indices))
             kept[at.numpy(), module.col_indices.cpu().numpy()] = True
             found |= {_join(owner, n): None for n in ("crow_indices", "col_indices")}
-            found[_join(owner, "weight_totals")] = None
             found[_join(owner, "block_bits")] = torch.from_numpy(np.packbits(kept))
     return found
 

@@ -1,5 +1,6 @@
 """SparseSequential, whose linear layers run as one call in inference on a CPU."""
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .conv import SparseConv2d
+from .int8 import Int8SparseLinear
 from .kernels import Chain, ChainLayer, any_autocast, backend, is_traced
 from .kernels.unchanged import Held, unchanged
 from .layers import SparseLinear
@@ -18,10 +20,10 @@ class Prepared(NamedTuple):
     """The call of a network as it was; published whole, so that threads may share it."""
 
     modules: list[nn.Module]
-    start: int  # where the chain begins
-    flattens: bool  # whether with a Flatten, which is no part of its call
-    chain: Chain | None
-    hooks: list[dict]  # of the chain's modules: none, as long as a call is its class's
+    start: int  # where the chains begin
+    flattens: bool  # whether with a Flatten, which is no part of their calls
+    chains: list[Chain]  # one, or more where layers in int8 are next to others
+    hooks: list[dict]  # of the chains' modules: none, as long as a call is its class's
     held: list[tuple[dict, tuple | None]]  # what the modules held, by their `__dict__`
 
     def is_current(self, modules: list[nn.Module]) -> bool:
@@ -38,7 +40,8 @@ class SparseSequential(nn.Sequential):
 
     Without gradients, and where the native kernels run, its end becomes one call that takes a chunk
     of the batch through all layers while it is in cache: block-sparse layers, small dense ones,
-    ReLUs, and a flattening before them. It trains, compiles, exports and moves to a GPU as usual.
+    ReLUs, and a flattening before them. Layers in int8 next to others are a call of their own. It
+    trains, compiles, exports and moves to a GPU as usual.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,13 +54,15 @@ class SparseSequential(nn.Sequential):
         prepared = self.__dict__.get("_prepared")
         if prepared is None or not prepared.is_current(modules):
             self._prepared = prepared = _prepare(modules)
-        if prepared.chain is None:
+        if not prepared.chains:
             return _run(modules, x)
         if prepared.start:
             x = _run(modules[: prepared.start], x)
         if prepared.flattens and x.dim() != 2:
             x = x.flatten(1)
-        return prepared.chain(x)
+        for chain in prepared.chains:
+            x = chain(x)
+        return x
 
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name != "_prepared"}
@@ -110,10 +115,11 @@ def _prepare(modules: list[nn.Module]) -> Prepared:
         else:
             entries += Held(None, "start_dim", 1), Held(None, "end_dim", -1)
         held.append((vars(module), entries))
-    one_type = len({layer.values.dtype for layer in layers}) == 1
-    chain = Chain(layers) if one_type and len(layers) <= Chain.MAX_LAYERS else None
-    flattens = chain is not None and isinstance(modules[start], nn.Flatten)
-    return Prepared(modules, start, flattens, chain, hooks, held)
+    of_dtype = [list(run) for _, run in groupby(layers, key=lambda layer: layer.values.dtype)]
+    takes = all(len(run) <= Chain.MAX_LAYERS for run in of_dtype)
+    chains = [Chain(run) for run in of_dtype] if takes else []
+    flattens = len(chains) > 0 and isinstance(modules[start], nn.Flatten)
+    return Prepared(modules, start, flattens, chains, hooks, held)
 
 
 class Part(NamedTuple):
@@ -128,6 +134,10 @@ def _part(module: nn.Module) -> Part | None:
     if type(module) is SparseLinear:
         snapshot = module._snapshot()
         return None if snapshot.chain is None else Part(snapshot.chain.layers[0], snapshot.seen)
+    if type(module) is Int8SparseLinear:
+        snapshot = module._snapshot()
+        in_chain = module.activation != "gelu"
+        return Part(snapshot.chain.layers[0], snapshot.seen) if in_chain else None
     if type(module) is not nn.Linear:
         return None
     shape = module.out_features, module.in_features

@@ -16,6 +16,11 @@ from sparse_lth import (
     save_sparse,
 )
 from sparse_lth.files import load_tensors, save_tensors
+from sparse_lth.kernels import linear_int8, linear_native, use_backend
+
+needs_native = pytest.mark.skipif(
+    linear_native.WHY_NOT is not None, reason=f"native kernels are {linear_native.WHY_NOT}"
+)
 
 
 def network(blocksize=(16, 4)):
@@ -121,3 +126,111 @@ def test_has_no_gradient():
     y = quantized_network()(torch.randn(2, 70, requires_grad=True))
     with pytest.raises((NotImplementedError, RuntimeError)):
         y.sum().backward()
+
+
+CHAINS = {  # blocksizes that meet in a network: planes, words and rows of the batch
+    "single weights": [(1, 1), (1, 1), (1, 1)],
+    "all kinds": [(1, 1), (16, 16), (8, 4), (3, 5), (4, 4), (1, 20)],
+}
+
+
+def stack(blocks):
+    """Flatten and int8 layers with ReLUs of each kind between them, of sizes no block divides."""
+    torch.manual_seed(0)
+    layers = [nn.Flatten()]
+    for i, blocksize in enumerate(blocks):
+        activation = "relu" if i % 2 else "none"
+        layers.append(SparseLinear(75, 75, True, blocksize, 0.3, activation))
+        if i == 0:
+            layers.append(nn.ReLU())
+    model = SparseSequential(*layers)
+    quantize_(model)
+    return model
+
+
+@pytest.mark.parametrize("batch", [1, 5, 17, 130])
+@pytest.mark.parametrize("name", linear_int8.INSTRUCTION_SETS)
+@pytest.mark.parametrize("blocks", CHAINS.values(), ids=CHAINS)
+def test_a_chain_is_one_call_with_the_results_of_its_layers(blocks, name, batch):
+    """To rounding; a number halfway between two steps may fall on the other one."""
+    model, x = stack(blocks), torch.randn(batch, 3, 25)
+    with use_backend("native", name), torch.inference_mode():
+        y, one_by_one = model(x), nn.Sequential.forward(model, x)
+        assert len(model._prepared.chains) == 1
+    assert len(model._prepared.chains[0].layers) == len(blocks)
+    torch.testing.assert_close(y, one_by_one, rtol=0, atol=float(y.abs().max()) * 2.0**-18)
+
+
+@needs_native
+def test_threads_agree_bit_for_bit():
+    model, results = stack(CHAINS["all kinds"]), []
+    x, before = torch.randn(300, 75), torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            results.append(model(x))
+    torch.set_num_threads(before)
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@needs_native
+@pytest.mark.parametrize("blocks", CHAINS.values(), ids=CHAINS)
+def test_a_row_that_is_not_finite_stays_so_through_a_chain_and_alone(blocks):
+    model, x = stack(blocks), torch.randn(70, 75)
+    with torch.inference_mode():
+        fine = model(x)
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            x[41, 7] = bad
+            y = model(x)
+            assert y[41].isnan().all()
+            others = torch.arange(70) != 41
+            assert torch.equal(y[others], fine[others])
+
+
+CHANGES = {
+    "a weight": lambda layer: layer.weight_values.neg_(),
+    "the scales": lambda layer: layer.weight_scales.mul_(2),
+    "the bias": lambda layer: layer.bias.add_(1),
+    "a buffer": lambda layer: setattr(layer, "weight_values", -layer.weight_values),
+    "other blocks": lambda layer: layer.col_indices.copy_(15 - layer.col_indices.flip(0)),
+    "the activation": lambda layer: setattr(layer, "activation", "gelu"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_after_the_first_call_is_seen(change):
+    """By the network and by the layer alone."""
+    options = {"blocksize": (16, 1), "density": 0.5}
+    layers = SparseLinear(20, 16, **options), nn.ReLU(), SparseLinear(16, 16, **options)
+    model, x = SparseSequential(*layers), torch.randn(20, 20)  # enough that weights are packed
+    quantize_(model)
+    with torch.inference_mode():
+        before = model(x), model[2](x[:, :16])
+    change(model[2])
+    with torch.inference_mode():
+        after, expected = model(x), nn.Sequential.forward(copy.deepcopy(model), x)
+        torch.testing.assert_close(after, expected)
+        assert not torch.equal(after, before[0])
+        assert not torch.equal(model[2](x[:, :16]), before[1])
+
+
+def test_int8_next_to_float32_and_in_bfloat16():
+    model, x = network((1, 1)), torch.randn(5, 70)
+    quantize_(model)
+    with torch.inference_mode():
+        y, one_by_one = model(x), nn.Sequential.forward(model, x)
+        torch.testing.assert_close(y, one_by_one)
+        low = model.bfloat16()(x.bfloat16())
+        assert low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.float(), y, rtol=0.1, atol=0.1 * float(y.abs().max()))
+
+
+def test_made_in_inference_mode_it_sees_what_is_written_later():
+    with torch.inference_mode():
+        model = quantized_network()
+    x = torch.randn(2, 70)
+    with torch.inference_mode():
+        before = model(x)
+    model[1].weight_values.neg_()
+    with torch.inference_mode():
+        assert not torch.equal(model(x), before)

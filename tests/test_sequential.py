@@ -32,7 +32,7 @@ def _assert_same(network, x):
 
 
 def _is_one_call(network):
-    return network._prepared.chain is not None
+    return len(network._prepared.chains) == 1
 
 
 @pytest.mark.parametrize("batch", [0, 1, 5, 70])

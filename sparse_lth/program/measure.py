@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base import BlockSparse
+from ..int8 import Int8SparseLinear
 from ..kernels import backend
-from ..quantize import Int8SparseLinear
 from ..saving import load_sparse
 from ..ticket import Ticket
 from ..timing import Benchmark, Times, benchmark

@@ -9,7 +9,7 @@ import importlib.util
 import random
 import sys
 from array import array
-from itertools import product
+from itertools import pairwise, product
 
 BLOCKSIZES = [(1, 1), (16, 16), (16, 3), (32, 20), (8, 8), (24, 1), (4, 4), (1, 9), (3, 5)]
 SHAPES = [(1, 1), (13, 30), (65, 39)]  # out_features, in_features
@@ -24,18 +24,22 @@ class Memory:
     """Arrays, each in an allocation of its own until the end of the `with`."""
 
     def __enter__(self):
-        self._addresses, self._programs = [], []
+        self._addresses, self._made = [], []
         return self
 
     def __exit__(self, *_):
-        for native, address in self._programs:
-            native.free_program(address)
+        for free, address in self._made:
+            free(address)
         for address in self._addresses:
             libc.free(address)
 
     def program(self, native, *arguments):
-        self._programs.append((native, native.new_program(*arguments)))
-        return self._programs[-1][1]
+        self._made.append((native.free_program, native.new_program(*arguments)))
+        return self._made[-1][1]
+
+    def int8_layer(self, native, *arguments):
+        self._made.append((native.free_int8_layer, native.new_int8_layer(*arguments)))
+        return self._made[-1][1]
 
     def put(self, typecode, items):
         """The address of a copy of the items; 0 for none, as torch has it."""
@@ -82,6 +86,16 @@ class Weight:
     def as_layer(self, relu):
         pointers = self.values, self.bias, self.crow, self.col
         return *pointers, self.R, self.C, self.inputs, self.out, relu, self.program
+
+    def in_bf16(self, memory):
+        values = memory.put("H", [0x3F80] * (self.nnz * self.R * self.C))
+        return values, 0, self.crow, self.col, self.R, self.C, self.inputs, self.out, True, 0
+
+    def in_int8(self, native, memory):
+        values, scales = memory.put("b", [1] * (self.nnz * self.R * self.C)), memory.ones(self.out)
+        pointers = values, scales, self.bias, self.crow, self.col
+        sizes = self.R, self.C, self.inputs, self.out
+        return memory.int8_layer(native, *pointers, *sizes, True)
 
 
 def dense(memory, out, inputs):
@@ -135,10 +149,8 @@ def on_words(native, memory, chosen, threads, batch, padding, w):
     native.bf16_sddmm(*call, grad, x, dvalues, w.crow, w.col, ldg, ldx, batch, *sizes)
     call = min(chosen, len(native.INT8_INSTRUCTION_SETS) - 1), threads
     x, y = memory.rows(batch, w.inputs, w.inputs + padding), memory.unwritten(batch * w.out)
-    values, scales = memory.put("b", [1] * nnz), memory.ones(w.out)
-    totals = memory.put("i", [1] * w.out)
-    tensors = values, scales, totals, w.bias, w.crow, w.col
-    native.int8_forward(*call, x, w.inputs + padding, y, batch, *tensors, *sizes, True)
+    layer = w.in_int8(native, memory)
+    native.int8_forward(*call, x, w.inputs + padding, y, batch, layer)
     check_written(y, batch * w.out)
 
 
@@ -162,6 +174,27 @@ def chain(native, call, batch):
         )
         layers = [tall, wide, dense(memory, 100, 210), last]
         forward(native, memory, call, batch, 0, layers)
+
+
+def chain_on_words(native, chosen, threads, batch):
+    """Lanes between layers with planes and with words, then rows, and lanes again."""
+    with Memory() as memory:
+        blocks = [(1, 1), (3, 5), (2, 4), (4, 1), (16, 16), (8, 8)]
+        sizes = [290, 300, 211, 33, 100, 64, 21]
+        weights = [
+            Weight(native, memory, shape[::-1], blocksize, 0.3)
+            for blocksize, shape in zip(blocks, pairwise(sizes), strict=True)
+        ]
+        x = memory.put("H", [0x3F80] * (batch * sizes[0]))
+        y = memory.put("H", [0] * (batch * 22))
+        call = min(chosen, len(native.BF16_INSTRUCTION_SETS) - 1), threads
+        layers = [n for w in weights for n in w.in_bf16(memory)]
+        native.bf16_forward(*call, x, sizes[0], y, batch, *layers)
+        x, y = memory.ones(batch * sizes[0]), memory.unwritten(batch * 21)
+        call = min(chosen, len(native.INT8_INSTRUCTION_SETS) - 1), threads
+        layers = [w.in_int8(native, memory) for w in weights]
+        native.int8_forward(*call, x, sizes[0], y, batch, *layers)
+        check_written(y, batch * 21)
 
 
 def convolution(native, call, blocksize, channels_last, kernel, stride, dilation, pad, size, batch):
@@ -215,6 +248,8 @@ def main(path):
         for shape, density in product(SHAPES, (0, 0.4, 1)):
             one_layer(native, (chosen, 1), shape, blocksize, density, BATCHES)
         one_layer(native, (chosen, 3), (300, 290), blocksize, 0.5, (33, 200))  # several threads
+    for chosen, threads, batch in product(range(max(map(len, types))), (1, 3), (1, 15, 50, 200)):
+        chain_on_words(native, chosen, threads, batch)
     for call in product(range(len(native.INSTRUCTION_SETS)), (1, 3)):
         for batch in (1, 15, 200):
             chain(native, call, batch)

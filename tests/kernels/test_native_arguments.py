@@ -37,12 +37,15 @@ ARGUMENTS = {
     | {"grad": P, "x": P, "values": P, "crow": P, "col": P}
     | {"ldg": 7, "ldx": 5, "batch": 4, "R": 2, "C": 3, "in": 5, "out": 7},
 }
+NEW_INT8_LAYER = {"values": P, "scales": P} | {
+    name: number for name, number in LAYER.items() if name != "values"
+}
+INT8_LAYER = native.new_int8_layer(*NEW_INT8_LAYER.values())
 ARGUMENTS |= {
     "bf16_forward": CALL | {"x": P, "ldx": 6, "y": P, "batch": 4} | LAYER | {"transposed": P},
     "bf16_sddmm": ARGUMENTS["sddmm"] | {"ldg": 8, "ldx": 6},
-    "int8_forward": CALL
-    | {"x": P, "ldx": 5, "y": P, "batch": 4, "values": P, "scales": P, "totals": P}
-    | {name: number for name, number in LAYER.items() if name != "values"},
+    "int8_forward": CALL | {"x": P, "ldx": 5, "y": P, "batch": 4, "layer": INT8_LAYER},
+    "new_int8_layer": NEW_INT8_LAYER,
 }
 ONE_BLOCK = torch.tensor([0, 1, 1, 1, 1], dtype=torch.int32)
 
@@ -76,7 +79,7 @@ def calls_with(name):
         ("dilation x", 1 << 30, "fewer numbers"),
         ("pool", 3, "pool 1 or 2, got 3"),
         ("scales", 0, "address of scales, got null"),
-        ("totals", 0, "address of totals, got null"),
+        ("layer", 0, "address of layer, got null"),
         ("ldx", -1, "stride of at least 0, got -1"),
         ("ldg", -1, "stride of at least 0, got -1"),
         ("x", 0, "address of x, got null"),
@@ -106,7 +109,7 @@ def test_null_is_an_address_where_nothing_is_kept(name):
 def test_as_many_ints_as_are_read():
     for call, arguments in calls_with("batch"):
         with pytest.raises(TypeError, match=r"expected \d+ ints"):
-            call(*arguments.values(), 0)
+            call(*[*arguments.values()][:-1])
         with pytest.raises(OverflowError):
             call(*(arguments | {"batch": 1 << 80}).values())
 
