@@ -59,7 +59,7 @@ class Ticket:
         if rewind == "weights":
             text = (
                 "Nothing was rewound: each round went on from the weights that the round before "
-                "had trained."
+                f"had trained, so that {len(self.rounds)} rounds of training made this network."
             )
         else:
             moment = "when round 0 began" if rewind in ("init", None) else f"at {rewind} of round 0"

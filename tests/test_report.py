@@ -246,6 +246,12 @@ def test_verdicts_and_their_tones():
     assert [percent(x) for x in (1, 0.1, 0.0512)] == ["100 %", "10.0 %", "5.12 %"]
 
 
+def test_a_pruned_network_that_was_trained_for_longer_is_said_to_be():
+    assert "rounds of training" not in headline(make_run().summary)
+    text = headline(make_run(rewind="weights").summary)
+    assert text.count(", after 3 rounds of training against 1") == 1
+
+
 @pytest.mark.parametrize(("fraction", "images"), [(0.5, 10), (0.97, 297), (0.98, 10_000), (1, 20)])
 def test_the_interval_is_wilson_s(fraction, images):
     """Its ends are the p from which the fraction is just 1.96 standard deviations away."""

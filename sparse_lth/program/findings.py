@@ -28,6 +28,8 @@ def headline(summary: dict) -> str:
 def _accuracy(row: dict, summary: dict) -> str:
     """The end of a sentence about the pruned network."""
     figures = f"{row['pruned']:.2f} % against {row['dense']:.2f} %"
+    if summary.get("trained", 1) > 1:
+        figures += f", after {summary['trained']} rounds of training against 1"
     if direction(row):
         more = "more" if row["pruned"] > row["dense"] else "less"
         return f"{_points(row)} points {more} accurate ({figures})"

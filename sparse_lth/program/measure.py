@@ -36,9 +36,10 @@ def summarise(tickets: Sequence[Ticket], test: Split) -> dict:
     tickets: of the dense network first, of the last round last
 
     -> "device" by its name, "threads", "python", "torch" and "triton", or None: versions, "density"
-    of the masks, "images" in the test set, "confusion" of the "dense" and the "pruned" network on
-    it, its `mean_image`, "layers": {"layer", "shape", "kept": weights} and, where it stays dense,
-    "dense": why; "rows": the one of `accuracy`
+    of the masks, "trained": the rounds of training that made the pruned network, "images" in the
+    test set, "confusion" of the "dense" and the "pruned" network on it, its `mean_image`, "layers":
+    {"layer", "shape", "kept": weights} and, where it stays dense, "dense": why; "rows": the one of
+    `accuracy`
     """
     try:
         triton = metadata.version("triton")
@@ -61,6 +62,7 @@ def summarise(tickets: Sequence[Ticket], test: Split) -> dict:
         "torch": torch.__version__,
         "triton": triton,
         "density": ticket.density,
+        "trained": len(ticket.rounds) if ticket.settings["rewind"] == "weights" else 1,
         "images": images,
         "confusion": {name: confusion(model.to(device), test) for name, model in networks.items()},
         "mean_image": mean_image(test.images),
