@@ -480,5 +480,5 @@ def test_layers_in_a_sequential_run_in_one_call():
         convert_all(model)
         assert model["body"] is body
         assert_as_exact_as(body(x), dense, exact)
-    assert len(body._prepared.chain.layers) == 2
+    assert [len(chain.layers) for chain in body._prepared.chains] == [2]
     assert [type(m) for m in model.values()] == [SparseSequential, Pipeline, nn.Sequential]

@@ -43,7 +43,7 @@ def test_the_whole_path(tmp_path, capsys):
     assert out.splitlines()[0].startswith("lenet-300-100 on digits: ")
     ticket = Ticket.load(run_dir / "ticket.safetensors")
     assert ticket.settings["blocksize"] == [16, 16]
-    assert "Rewound before each round" in ticket.rewound
+    assert "Nothing was rewound" in ticket.rewound
     for text in (out, (run_dir / "report.html").read_text("utf-8")):
         assert ticket.rewound in text
     assert ticket.density == pytest.approx(0.1, abs=0.005)
