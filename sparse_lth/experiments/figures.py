@@ -186,6 +186,8 @@ def _bars(
     colour: str,
 ) -> None:
     """Means joined by a line, with a bar from the least replicate to the greatest."""
+    if not x:
+        return  # no entry in the legend for what was not run
     values = [[measure.of(training) for training in network] for network in networks]
     y = [mean(v) for v in values]
     errors = [[m - min(v) for m, v in zip(y, values, strict=True)]]
