@@ -218,4 +218,5 @@ def _label(axes: Axes, title: str, x: str, y: str, legend: str = "best") -> None
     axes.set_ylabel(y)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize="small", loc=legend)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize="small", loc=legend)
