@@ -10,6 +10,7 @@ import torch
 
 from ..masks import density
 from ..program.config import BLOCK_RECIPE, RunConfig
+from ..program.flags import plain
 from ..program.lottery import Lottery
 from ..program.models import MODELS
 from ..program.tickets import make_ticket, sparse_network
@@ -41,7 +42,7 @@ class Recipe:
     @property
     def shape(self) -> str:
         """Of its blocks, as in 16x4."""
-        return "x".join(map(str, self.blocksize))
+        return plain(self.blocksize)
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..masks import densities_after
 from ..program.config import RunConfig
 from ..program.data import Dataset
+from ..program.flags import plain
 from ..program.lottery import Lottery, State, search_from
 from ..program.models import MODELS, NARROW
 from ..program.tickets import dense_network, make_ticket, sparse_network
@@ -105,7 +106,7 @@ class Chain:
     @property
     def shape(self) -> str:
         """Of its blocks, as in 16x4."""
-        return "x".join(map(str, self.blocksize))
+        return plain(self.blocksize)
 
     @property
     def name(self) -> str:
