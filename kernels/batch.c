@@ -16,6 +16,7 @@ enum {
     WIDE_PANELS = 4,       /* panels that share a load of a weight */
     CODE_PANELS = 16,      /* panels that share a piece of code in the first cache */
     LONG_CODE_PANELS = 32, /* the same for layers so long that a piece takes fewer inputs */
+    GATHERED = 16,         /* multiply-adds that take as long as one whose input is gathered */
     MUCH_CODE = 1 << 19,   /* bytes that crowd the second cache: threads then share a tile, each
                               with outputs of its own */
     PAGE = 4096 / sizeof(float),
@@ -240,7 +241,7 @@ static int plan_forward(Forward *f, int threads)
     for (int j = 0; j < f->n; j++) {
         const Layer *l = &f->layers[j];
         f->codes[j] = find_code(f->kernels, l, f->batch);
-        work += f->batch * kept_weights(l);
+        work += (f->batch == 1 && !is_tall(l) ? GATHERED : f->batch) * kept_weights(l);
         widest = max64(widest, l->out);
         any_wide |= !is_tall(l);
         all_code &= f->codes[j] != NULL;

@@ -232,29 +232,40 @@ static TARGET void NAME(single)(const Layer *l, int64_t begin, int64_t end, cons
                                 float *y)
 {
     const int64_t R = l->R, C = l->C;
-    for (int64_t o = begin; o < end; o++) {
-        const int64_t i = o / R, r = o % R, last = l->crow[i + 1];
+    const float floor = l->relu ? 0 : -INFINITY;
+#define OUTPUT(o, sum)                                                                             \
+    {                                                                                              \
+        const float total = (sum) + (l->bias ? l->bias[o] : 0);                                    \
+        y[o] = total < floor ? floor : total;                                                      \
+    }
+    if (R == 1 && C == 1) {
+        for (int64_t o = begin, n = l->crow[o]; o < end; o++) {
+            const int64_t last = l->crow[o + 1];
+            OUTPUT(o, NAME(gathered)(l->values + n, l->col + n, x, last - n));
+            n = last;
+        }
+        return;
+    }
+    for (int64_t o = begin, i = begin / R, r = begin % R; o < end; o++) {
         vec sums = {0};
         float sum[4] = {0};
-        if (R == 1 && C == 1)
-            sum[0] = NAME(gathered)(l->values + l->crow[i], l->col + l->crow[i], x,
-                                    last - l->crow[i]);
-        else
-            for (int64_t n = l->crow[i]; n < last; n++) {
-                const float *w = l->values + n * C * R + r, *xk = x + l->col[n] * C;
-                const int64_t inside = min64(C, l->in - l->col[n] * C);
-                int64_t c = 0;
-                for (; R == 1 && c + LANES <= inside; c += LANES)
-                    sums += LOAD(w + c) * LOAD(xk + c);
-                for (; c + 4 <= inside; c += 4)
-                    UNROLL for (int j = 0; j < 4; j++) sum[j] += w[(c + j) * R] * xk[c + j];
-                for (; c < inside; c++)
-                    sum[0] += w[c * R] * xk[c];
-            }
+        for (int64_t n = l->crow[i]; n < l->crow[i + 1]; n++) {
+            const float *w = l->values + n * C * R + r, *xk = x + l->col[n] * C;
+            const int64_t inside = min64(C, l->in - l->col[n] * C);
+            int64_t c = 0;
+            for (; R == 1 && c + LANES <= inside; c += LANES)
+                sums += LOAD(w + c) * LOAD(xk + c);
+            for (; c + 4 <= inside; c += 4)
+                UNROLL for (int j = 0; j < 4; j++) sum[j] += w[(c + j) * R] * xk[c + j];
+            for (; c < inside; c++)
+                sum[0] += w[c * R] * xk[c];
+        }
         UNROLL for (int j = 0; j < LANES; j++) sum[j % 4] += sums[j];
-        const float total = (sum[0] + sum[1]) + (sum[2] + sum[3]) + (l->bias ? l->bias[o] : 0);
-        y[o] = l->relu && total < 0 ? 0 : total;
+        OUTPUT(o, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+        if (++r == R)
+            r = 0, i++;
     }
+#undef OUTPUT
 }
 
 /* The rounds of a transpose in registers: round d swaps the off-diagonal d x d blocks of each

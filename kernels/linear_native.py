@@ -3,6 +3,7 @@ chains of layers in one type."""
 
 import weakref
 from contextvars import ContextVar
+from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,6 +23,8 @@ except ImportError as error:
 
 INSTRUCTION_SETS = _native.INSTRUCTION_SETS if _native else ()  # of this machine, the best first
 instruction_set = ContextVar("instruction_set", default=0)  # an index into them
+_dlpack = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch before 2.10 has none
+READS_TENSORS = _native is not None and _dlpack is not None and _native.use_dlpack(_dlpack)
 WHY_NO_CODE = _native.WHY_NO_CODE if _native else WHY_NOT  # made from patterns; "" where it is
 
 
@@ -192,6 +195,11 @@ class Chain:
         prepared = [_prepare(layer) for layer in layers]
         self._alive = [alive for alive, _ in prepared]  # while C may read it
         self._arguments = [argument for _, arguments in prepared for argument in arguments]
+        self._forward, self._instruction_set, self._word = _ENTRIES[dtype]
+        sizes = self.in_features, 32 // self._word, self.out_features
+        self._plan = Tensor, *sizes, self._forward, *self._arguments
+        in_words = (self.in_features | self.out_features) % self._word == 0
+        self._is_read_natively = READS_TENSORS and in_words
 
     @staticmethod
     def takes(layer: ChainLayer) -> bool:
@@ -205,6 +213,14 @@ class Chain:
         return all(_is_plain(t) for t in tensors) and tensors[0].dtype == tensors[-1].dtype
 
     def __call__(self, x: Tensor) -> Tensor:
+        y = None
+        if self._is_read_natively:  # which takes x as it lies in memory, or not at all
+            set_and_threads = self._instruction_set(), torch.get_num_threads()
+            y = _native.call(x, self._plan, *set_and_threads)
+        return self._call_on_any(x) if y is None else y
+
+    def _call_on_any(self, x: Tensor) -> Tensor:
+        """Of another shape, dtype or memory, too; ValueError where x does not fit."""
         if x.is_nested:
             raise ValueError(NESTED)
         shape = x.shape
@@ -220,36 +236,25 @@ class Chain:
             return self(x.reshape(-1, self.in_features)).view(*shape[:-1], self.out_features)
         if x.is_neg() or x.layout is not torch.strided:
             x = x.to_dense().resolve_neg()
-        x = rows(x)
-        address = x.data_ptr()
-        if not address and x._is_zerotensor():  # which has no memory
-            x = rows(x.clone())
-            address = x.data_ptr()
-        if self.dtype == torch.bfloat16:
-            return self._in_bf16(x)
-        y = x.new_empty(shape[0], self.out_features)
+        if x._is_zerotensor():  # which has no memory
+            x = x.clone()
+        x = rows(x) if self._word == 1 else in_words(x)
+        y = x.new_empty(shape[0], self.out_features + self.out_features % self._word)
         if shape[0]:
-            if self._is_int8:
-                forward, chosen = _native.int8_forward, index_of(_native.INT8_INSTRUCTION_SETS)
-            else:
-                forward, chosen = _native.forward, instruction_set.get()
-            forward(
-                *(chosen, torch.get_num_threads()),
-                *(address, x.stride(0), y.data_ptr(), shape[0]),
+            self._forward(
+                *(self._instruction_set(), torch.get_num_threads()),
+                *(x.data_ptr(), x.stride(0), y.data_ptr(), shape[0]),
                 *self._arguments,
             )
-        return y
+        return y if y.shape[1] == self.out_features else y[:, : self.out_features].contiguous()
 
-    def _in_bf16(self, x: Tensor) -> Tensor:
-        x, out_features = in_words(x), self.out_features
-        y = x.new_empty(len(x), out_features + out_features % 2)
-        if len(x):
-            _native.bf16_forward(
-                *(index_of(_native.BF16_INSTRUCTION_SETS), torch.get_num_threads()),
-                *(x.data_ptr(), x.stride(0), y.data_ptr(), len(x)),
-                *self._arguments,
-            )
-        return y[:, :out_features].contiguous() if out_features % 2 else y
+
+# of the type of a weight: its entry point and instruction set, and how many numbers are a word
+_ENTRIES = _native and {
+    torch.float32: (_native.forward, instruction_set.get, 1),
+    torch.bfloat16: (_native.bf16_forward, partial(index_of, _native.BF16_INSTRUCTION_SETS), 2),
+    torch.int8: (_native.int8_forward, partial(index_of, _native.INT8_INSTRUCTION_SETS), 1),
+}
 
 
 def _is_plain(t: Tensor) -> bool:

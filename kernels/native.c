@@ -331,7 +331,7 @@ static PyObject *py_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t narg
 }
 
 #include "conv_calls.c"
-#include "unchanged.c"
+#include "tensors.c"
 #include "words_calls.c"
 
 static PyMethodDef methods[] = {
@@ -348,7 +348,9 @@ static PyMethodDef methods[] = {
     {"free_int8_layer", (PyCFunction)(void (*)(void))py_free_int8_layer, METH_FASTCALL, NULL},
     {"int8_forward", (PyCFunction)(void (*)(void))py_int8_forward, METH_FASTCALL, NULL},
     {"bf16_sddmm", (PyCFunction)(void (*)(void))py_bf16_sddmm, METH_FASTCALL, NULL},
-    {"unchanged", (PyCFunction)(void (*)(void))py_unchanged, METH_FASTCALL, NULL},
+    {"use_dlpack", py_use_dlpack, METH_O, NULL},
+    {"unchanged", py_unchanged, METH_O, NULL},
+    {"call", (PyCFunction)(void (*)(void))py_call, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

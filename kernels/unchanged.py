@@ -1,10 +1,10 @@
-"""Whether what a call was prepared from is still there: `unchanged`, native where it was built."""
+"""Whether what a call was prepared from is still there: `unchanged`, native where it can be."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-from .linear_native import _native
+from .linear_native import READS_TENSORS, _native
 
 
 class Held(NamedTuple):
@@ -36,8 +36,16 @@ class Held(NamedTuple):
         return cls("_buffers", name, buffer, memory.data_ptr(), None, buffer._version)
 
 
-def _unchanged(own: dict, entries: tuple[Held, ...]) -> bool:
-    """Whether a module, whose `__dict__` is `own`, holds all of it."""
+Modules = tuple[tuple[dict, tuple[Held, ...] | None], ...]
+
+
+def _unchanged(modules: Modules) -> bool:
+    """Whether each module holds all that it held; modules: for each its `__dict__` and what that
+    was, or None where nothing can tell."""
+    return all(entries is not None and _holds(own, entries) for own, entries in modules)
+
+
+def _holds(own: dict, entries: tuple[Held, ...]) -> bool:
     for group, name, value, address, count, version in entries:
         mapping = own if group is None else own[group]
         if mapping.get(name) is not value:
@@ -51,4 +59,4 @@ def _unchanged(own: dict, entries: tuple[Held, ...]) -> bool:
     return True
 
 
-unchanged = _unchanged if _native is None else _native.unchanged
+unchanged = _native.unchanged if READS_TENSORS else _unchanged

@@ -236,7 +236,7 @@ class BlockSparse(nn.Module):
         ValueError, naming what is wrong, where the tensors of the layer do not fit each other.
         """
         last = self._last
-        if last is not None and last.seen is not None and unchanged(vars(self), last.seen):
+        if last is not None and unchanged(((vars(self), last.seen),)):
             return last
         with _changing:
             self._last = made = self._take_snapshot()

@@ -119,7 +119,7 @@ class Int8SparseLinear(nn.Module):
     def _snapshot(self) -> Int8Snapshot:
         """The last one while all that it was made of is unchanged, else a new one."""
         last = self._last
-        if last is None or last.seen is None or not unchanged(vars(self), last.seen):
+        if last is None or not unchanged(((vars(self), last.seen),)):
             self._last = last = self._take_snapshot()
         return last
 

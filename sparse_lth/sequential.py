@@ -10,7 +10,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from .conv import SparseConv2d
 from .int8 import Int8SparseLinear
 from .kernels import Chain, ChainLayer, any_autocast, backend, is_traced
-from .kernels.unchanged import Held, unchanged
+from .kernels.unchanged import Held, Modules, unchanged
 from .layers import SparseLinear
 
 SMALL = 1 << 17  # weights of a dense layer that a chain may take: on larger ones torch is faster
@@ -24,15 +24,10 @@ class Prepared(NamedTuple):
     flattens: bool  # whether with a Flatten, which is no part of their calls
     chains: list[Chain]  # one, or more where layers in int8 are next to others
     hooks: list[dict]  # of the chains' modules: none, as long as a call is its class's
-    held: list[tuple[dict, tuple | None]]  # what the modules held, by their `__dict__`
+    held: Modules  # what they held
 
     def is_current(self, modules: list[nn.Module]) -> bool:
-        if self.modules != modules or any(self.hooks):
-            return False
-        for own, entries in self.held:
-            if entries is None or not unchanged(own, entries):
-                return False
-        return True  # a loop, since all() of a generator takes as long again
+        return self.modules == modules and not any(self.hooks) and unchanged(self.held)
 
 
 class SparseSequential(nn.Sequential):
@@ -119,7 +114,7 @@ def _prepare(modules: list[nn.Module]) -> Prepared:
     takes = all(len(run) <= Chain.MAX_LAYERS for run in of_dtype)
     chains = [Chain(run) for run in of_dtype] if takes else []
     flattens = len(chains) > 0 and isinstance(modules[start], nn.Flatten)
-    return Prepared(modules, start, flattens, chains, hooks, held)
+    return Prepared(modules, start, flattens, chains, hooks, tuple(held))
 
 
 class Part(NamedTuple):
