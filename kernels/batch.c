@@ -37,6 +37,12 @@ typedef struct {
 
 static int is_tall(const Layer *l) { return l->R % 8 == 0; }
 
+/* Whether layer j is taken in panels, not in rows. */
+static int takes_panels(const Forward *f, int j)
+{
+    return f->batch > 1 && (f->codes[j] || !is_tall(&f->layers[j]));
+}
+
 static int64_t panels_of(const Kernels *k, int64_t rows, int pad)
 {
     const int64_t panels = ceil_div(rows, k->lanes);
@@ -204,7 +210,7 @@ static void forward_tile(void *arg, int64_t i, int worker)
                      .other = scratch + f->part};
     for (int j = 0; j < f->n; j++) {
         const Layer *l = &f->layers[j];
-        const int wide = !is_tall(l) && f->batch > 1, last = j == f->n - 1;
+        const int wide = takes_panels(f, j), last = j == f->n - 1;
         if (wide != a.in_panels)
             turn(f, &a, l->in, NULL);
         else if (j == 0 && is_tall(l))
@@ -221,14 +227,22 @@ static void forward_tile(void *arg, int64_t i, int worker)
         turn(f, &a, f->layers[f->n - 1].out, y);
 }
 
-/* The code of a layer, or NULL where there is none or it does not pay: too few weights share a load
-   of x, or code for many weights is read for a small batch. */
+/* Whether rows of x are read well as they come: then 16 outputs share a broadcast, and some inputs
+   lie side by side. */
+static int reads_rows(const Layer *l)
+{
+    return l->R % 16 == 0 && l->C > 2;
+}
+
+/* The code of a layer, or NULL where there is none or it does not pay: rows are read well, too few
+   weights share a load of x, or code for many weights is read for a small batch. */
 static const Code *find_code(const Kernels *k, const Layer *l, int64_t batch)
 {
     enum { ONE_IN = 33, MANY = 1 << 20 };
     const int64_t kept = kept_weights(l);
-    const int pays = ONE_IN * kept >= l->in * l->out && batch >= (kept < MANY ? 32 : 64);
-    return k->code_of && l->program && !is_tall(l) && pays ? k->code_of(l->program) : NULL;
+    const int shares = is_tall(l) || ONE_IN * kept >= l->in * l->out;
+    const int pays = !reads_rows(l) && shares && batch >= (kept < MANY ? 32 : 64);
+    return k->code_of && l->program && pays ? k->code_of(l->program) : NULL;
 }
 
 /* Cuts the batch into tiles, of which `threads` run at a time, or one on all threads. What is no
@@ -243,7 +257,7 @@ static int plan_forward(Forward *f, int threads)
         f->codes[j] = find_code(f->kernels, l, f->batch);
         work += (f->batch == 1 && !is_tall(l) ? GATHERED : f->batch) * kept_weights(l);
         widest = max64(widest, l->out);
-        any_wide |= !is_tall(l);
+        any_wide |= takes_panels(f, j);
         all_code &= f->codes[j] != NULL;
         code += f->codes[j] ? (int64_t)f->codes[j]->used : 0;
         longest = max64(longest, f->codes[j] ? l->in : 0);

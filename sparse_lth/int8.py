@@ -85,15 +85,17 @@ class Int8SparseLinear(nn.Module):
         """x: (..., in_features), in any floating dtype, which the output has"""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, got {tuple(x.shape)}")
-        if x.is_cpu and Chain.MAX_LAYERS and not self._is_traced(x):
+        # autograd, too, wants to see an op, which says that it has no gradient
+        traced = is_traced(x) or (torch.is_grad_enabled() and x.requires_grad)
+        if x.is_cpu and Chain.MAX_LAYERS and not traced:
             snapshot = self._snapshot()
             return call(snapshot.chain, plain(x), snapshot.activation)
-        flat, weight = x.reshape(-1, self.in_features), self._weight()
+        flat, weight = x.reshape(-1, self.in_features), (self.weight_values, self.weight_scales)
         indices, last = (self.crow_indices, self.col_indices), (self.out_features, self.activation)
-        if self._is_traced(x):
+        if traced:
             y = int8_linear(flat, *weight, *indices, self.bias, *last)
         else:
-            y = linear(flat, weight, pattern_of(*indices, self.grid), self.bias, *last)
+            y = linear(flat, Int8Weight(*weight), pattern_of(*indices, self.grid), self.bias, *last)
         return y.view(*x.shape[:-1], self.out_features)
 
     @property
@@ -107,14 +109,6 @@ class Int8SparseLinear(nn.Module):
         shape, block = (self.out_features, self.in_features), self.weight_values.shape[1:]
         kept = kept_weights(shape, block, self.crow_indices, self.col_indices)
         return kept / (self.in_features * self.out_features)
-
-    @staticmethod
-    def _is_traced(x: Tensor) -> bool:
-        """Whether someone wants to see an op; autograd, which then says that it has no gradient."""
-        return is_traced(x) or (torch.is_grad_enabled() and x.requires_grad)
-
-    def _weight(self) -> Int8Weight:
-        return Int8Weight(self.weight_values, self.weight_scales)
 
     def _snapshot(self) -> Int8Snapshot:
         """The last one while all that it was made of is unchanged, else a new one."""

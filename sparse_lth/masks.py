@@ -4,7 +4,8 @@ Masks are bool, True = kept, and are returned, never edited. A convolution's wei
 (out_channels, in_channels * kernel) matrix. A density is kept / all weights of a layer.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .bsr import blocks_of
 from .huggingface import is_conv1d
 
 Masks = dict[str, Tensor]  # bool, by layer name
-SCOPES = ("layerwise", "global")
+SCOPES = ("layerwise", "erk", "global")
 
 # What gives a weight its score, by name: the weights of a layer as trained and as rewound to, and
 # a generator that is seeded alike in every round -> scores of the same shape.
@@ -59,9 +60,9 @@ def highest_masks(
     """The masks of the next round: the blocks of highest mean score among those that `masks` keep.
 
     densities: of each layer that is pruned. Together the layers keep the sum of density * weights,
-    as near as whole blocks come to it; of equal blocks those that come first. In layerwise scope
-    each layer keeps its own share, to one block, and at least one block; in global scope the
-    layers compete. ValueError where a score is not finite.
+    as near as whole blocks come to it; of equal blocks those that come first. In global scope the
+    layers compete; else each keeps its own share, to one block, and at least one block. ValueError
+    where a score is not finite.
     """
     kept, wanted = {}, 0.0
     for names in [[*densities]] if scope == "global" else [[name] for name in densities]:
@@ -104,6 +105,25 @@ def densities_after(
     rates: the layers that are pruned at a share of that rate, above 0 and up to 1
     """
     return {name: (1 - rate * rates.get(name, 1)) ** rounds for name in names}
+
+
+def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """The densities by which the layers, of weights of these shapes, keep `density` together, each
+    in proportion to the sum of its sizes over their product, up to 1: small layers keep more.
+
+    Erdos-Renyi-Kernel, Evci et al., arXiv 1911.11134.
+    """
+    left, whole = dict(shapes), []
+    wanted = density * sum(map(prod, shapes.values()))
+    while True:
+        factor = wanted / sum(map(sum, left.values()))
+        full = [name for name, shape in left.items() if factor * sum(shape) >= prod(shape)]
+        if not full:
+            break
+        whole += full
+        wanted -= sum(prod(left.pop(name)) for name in full)
+    part = {name: factor * sum(shape) / prod(shape) for name, shape in left.items()}
+    return {name: part.get(name, 1.0) for name in shapes}
 
 
 def common_rate(

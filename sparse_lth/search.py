@@ -19,6 +19,7 @@ from .masks import (
     common_rate,
     densities_after,
     density,
+    erk_densities,
     highest_masks,
 )
 from .ticket import Ticket, expect_finite, expect_like
@@ -73,7 +74,9 @@ class Search:
         smaller than one block stays dense.
     criterion: "magnitude", "movement" or "random", of which the least scores are pruned, or a
         function (weights, masks, densities) -> masks, by layer name, that decides alone.
-    scope: "layerwise", where every layer gets its own density, or "global", where they compete.
+    scope: "layerwise", where every layer gets the same density but for `rates`; "erk", where small
+        layers keep more (Erdos-Renyi-Kernel, arXiv 1911.11134), which large blocks need; or
+        "global", where the layers compete.
     rewind: "init", to the weights that the model came with, or that `mark_rewind` marked, or
         "weights", which keeps the trained ones (learning-rate rewinding).
     block_lasso: the strength of a group lasso that shrinks whole blocks (`lasso.py`) in every round
@@ -252,9 +255,13 @@ def _schedule(layers: Prunable, settings: dict) -> list[dict[str, float]]:
     density, rounds, rates = (settings[name] for name in ("density", "rounds", "rates"))
     names = {*layers.weights, *layers.dense}
     _expect("rates", f"layers of {sorted(names)}", rates, rates.keys() <= names)
-    rate = common_rate(layers.sizes(), density, rounds, rates)
-    schedule = [densities_after(layers.weights, rate, n, rates) for n in settings["levels"]]
-    if settings["scope"] == "layerwise" and schedule:
+    if settings["scope"] == "erk":
+        shapes = {name: weight.shape for name, weight in layers.weights.items()}
+        schedule = [erk_densities(shapes, density ** (n / rounds)) for n in settings["levels"]]
+    else:
+        rate = common_rate(layers.sizes(), density, rounds, rates)
+        schedule = [densities_after(layers.weights, rate, n, rates) for n in settings["levels"]]
+    if settings["scope"] != "global" and schedule:
         layers.expect_room(schedule[-1], settings["blocksize"])
     return schedule
 
@@ -275,7 +282,7 @@ def _expect_possible(
     finite = 0 <= block_lasso < math.inf
     _expect("block_lasso", "a finite number of at least 0", block_lasso, finite)
     _expect("rates", "above 0, up to 1", rates, all(0 < rate <= 1 for rate in rates.values()))
-    _expect("rates", "none in global scope", rates, not rates or scope == "layerwise")
+    _expect("rates", f"none in {scope} scope", rates, not rates or scope == "layerwise")
     _expect("seed", "0 or more", seed, seed >= 0)
 
 

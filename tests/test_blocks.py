@@ -26,6 +26,7 @@ def test_differences_are_of_the_same_seed_and_have_students_interval():
     # of 90, 92, 97: sd 3.606, t 4.303; of the differences 2, 0, 1: sd 1
     assert single.accuracy.text(".2f") == "93.00 ± 8.96"
     assert (single.seeds, single.difference) == (3, None)
+    assert single.kept == pytest.approx(20)
     assert block.seeds == 4
     assert block.difference.text(".2f", sign="+") == f"+1.00 ± {4.303 / math.sqrt(3):.2f}"
 
@@ -43,6 +44,8 @@ def test_the_picture_has_a_line_for_each_way_through_its_densities_and_the_dense
         "8x4, with lasso": [[3, 70]],
         "dense": [[30, 99]],
     }
+    assert axes.get_ylim() == (97, 100)
+    assert axes.get_title() == "below 97.0 %: 1x1 at 20 %, 8x4 at 20 %, 1x1 at 10 %"
 
 
 def test_every_recipe_is_one_of_a_run_and_each_has_something_to_be_held_against():
@@ -61,6 +64,10 @@ def test_what_is_trained_is_not_trained_again_and_all_of_it_is_timed(tmp_path, c
     after = blocks.read_rows(tmp_path / "blocks.csv")
     assert len(before) == 1
     assert before[0] in after
+    kept = {row["recipe"]: row["kept"] for row in after}
+    assert kept[SINGLE.name] == pytest.approx(0.2, abs=1e-3)
+    # two thirds of a block of the last layer, 10 x 100 of 266,200 weights, and all of it is dense
+    assert kept[BLOCKS.name] == pytest.approx(0.2, abs=1e-3)
     assert capsys.readouterr().out.count("seed 0") == 2
     blocks.measure(tmp_path, [SINGLE, BLOCKS], "digits")
     report(tmp_path, [SINGLE, BLOCKS], "digits")

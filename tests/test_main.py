@@ -94,6 +94,7 @@ def test_a_run_that_did_not_end_has_no_report(tmp_path, capsys):
         ["--export-sparse"],
         ["--export-sparse", "--quantize", "int8"],
         ["--export-sparse", "--rewind", "init"],
+        ["--export-sparse", "--scope", "erk"],
         ["--export-sparse", "--block_lasso", "0.1", "--rewind", "weights", "--last_lr", "linear"],
         ["--export-sparse", "--last_lr", "linear", "--blocksize", "16x4"],
         ["--export-sparse", "4x4", "--blocksize", "1x1"],
@@ -122,12 +123,13 @@ def test_without_flags_of_a_search_it_is_one_worth_seeing():
 def test_blocks_to_export_are_trained_as_is_best_for_blocks_unless_flags_say_how():
     def how(**flags):
         config = new_config({"export_blocksize": None, **flags})
-        return config.rewind, config.block_lasso, config.last_lr
+        return config.scope, config.rewind, config.block_lasso, config.last_lr
 
-    assert how() == how(blocksize=(8, 4)) == ("weights", 0.05, "linear")
-    assert how(blocksize=(1, 1)) == how(model="lenet-5") == ("init", 0, "constant")
-    assert how(rewind="init") == how(reinit=True) == ("init", 0, "constant")
-    assert how(rewind="weights") == ("weights", 0, "constant")
+    assert how() == how(blocksize=(8, 4)) == ("erk", "weights", 0.05, "linear")
+    for flags in ({"blocksize": (1, 1)}, {"model": "lenet-5"}, {"rewind": "init"}):
+        assert how(**flags) == ("layerwise", "init", 0, "constant")
+    assert how(reinit=True) == how(scope="layerwise") == how(rewind="init")
+    assert how(rewind="weights") == ("layerwise", "weights", 0, "constant")
     config = new_config({"prune_pc": 0.9, "blocksize": (8, 4)})
     assert (config.rewind, config.block_lasso) == ("init", 0)
 

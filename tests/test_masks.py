@@ -1,5 +1,9 @@
+from math import prod
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
@@ -9,6 +13,7 @@ from sparse_lth.masks import (
     common_rate,
     densities_after,
     density,
+    erk_densities,
     expand,
     keep_highest,
     magnitude_masks,
@@ -110,6 +115,7 @@ def test_the_output_layer_goes_at_half_the_rate_and_stays_dense_where_blocks_do_
     assert densities["fc1"] == densities["fc2"] < 0.8 < densities["fc3"]
     for name in ("fc1", "fc3"):
         assert first(prune_rounds=1, scope="global").schedule[0][name] == pytest.approx(0.8)
+    assert first(prune_rounds=1, scope="erk").schedule[0]["fc3"] == 1
     assert set(first(blocksize=(16, 16)).masks) == {"fc1", "fc2"}
     convolutional = first(model="lenet-5", blocksize=(8, 4))
     assert set(convolutional.masks) == {"conv2", "fc1", "fc2", "fc3"}
@@ -127,6 +133,32 @@ def test_the_common_rate_leaves_what_was_asked_for(rates):
         assert sum(left[n] * sizes[n] for n in sizes) == pytest.approx(10_000 * asked)
     with pytest.raises(ValueError, match=r"a density of at least 0\.066, or more rounds"):
         common_rate(sizes, 0.01, 4, {"head": 0.1})
+
+
+def test_erk_densities_of_lenet():
+    shapes = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
+    densities = erk_densities(shapes, 0.1)  # fc3 whole: 25,620 weights are left for 1084 : 400
+    assert densities == pytest.approx({"fc1": 0.079572, "fc2": 0.230189, "fc3": 1.0}, rel=1e-4)
+
+
+@settings(deadline=None)
+@given(
+    shapes=st.dictionaries(
+        st.integers(), st.lists(st.integers(1, 500), min_size=2, max_size=4), min_size=1
+    ),
+    density=st.floats(1e-3, 0.999),
+)
+def test_erk_keeps_what_was_asked_for_in_proportion_to_the_sizes(shapes, density):
+    densities = erk_densities(shapes, density)
+    total = sum(map(prod, shapes.values()))
+    kept = {name: densities[name] * prod(shape) for name, shape in shapes.items()}
+    assert sum(kept.values()) == pytest.approx(density * total)
+    factor = max(kept[name] / sum(shape) for name, shape in shapes.items())
+    for name, shape in shapes.items():
+        assert 0 < densities[name] <= 1
+        assert densities[name] == pytest.approx(min(1, factor * sum(shape) / prod(shape)))
+    more = erk_densities(shapes, density + (1 - density) / 2)
+    assert all(more[name] >= densities[name] * (1 - 1e-12) for name in shapes)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name():

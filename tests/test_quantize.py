@@ -117,9 +117,9 @@ def test_compiles_and_exports(dtype):
 
 def test_its_op_passes_torchs_own_checks():
     layer = quantized_network()[0]
-    tensors = layer._weight(), (layer.crow_indices, layer.col_indices, layer.bias)
-    args = torch.randn(5, 70), *tensors[0], *tensors[1], 45, "relu"
-    torch.library.opcheck(torch.ops.sparse_lth.int8_linear.default, args)
+    weight = layer.weight_values, layer.weight_scales
+    args = torch.randn(5, 70), *weight, layer.crow_indices, layer.col_indices, layer.bias
+    torch.library.opcheck(torch.ops.sparse_lth.int8_linear.default, (*args, 45, "relu"))
 
 
 def test_has_no_gradient():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from ..masks import density
 from ..program.config import BLOCK_RECIPE, RunConfig
 from ..program.flags import plain
 from ..program.lottery import Lottery
@@ -20,7 +19,7 @@ from .engine import follow_parent, load_once
 from .latency import latency
 
 COLUMNS = (
-    *("dataset", "recipe", "seed", "density"),
+    *("dataset", "recipe", "seed", "kept"),  # kept: of all weights, also those that stay dense
     *("validation_accuracy", "test_accuracy", "dense_accuracy"),
 )
 DENSE, MODEL = "dense", "lenet-300-100"
@@ -56,14 +55,21 @@ class Recipe:
 
 def _recipes() -> list[Recipe]:
     """Those of the table; the first of each density is what the others are held against."""
-    rewound, kept, lasso = "rewound to θ₀", "weights kept", "lasso, weights kept"
+    best, layerwise = "ERK, lasso, weights kept", BLOCK_RECIPE | {"scope": "layerwise"}
     recipes = []
     for part in (0.1, 0.05, 0.036):
-        recipes += [Recipe((1, 1), part, kept, KEPT)]
-        recipes += [Recipe(size, part, lasso, BLOCK_RECIPE) for size in ((16, 16), (64, 16))]
-    recipes += [Recipe(size, 0.1, lasso, BLOCK_RECIPE) for size in ((32, 32), (128, 16))]
-    recipes += [Recipe((16, 16), 0.1, rewound, {}), Recipe((16, 16), 0.1, kept, KEPT)]
-    return [*recipes, Recipe((1, 1), 0.1, rewound, {})]
+        recipes += [Recipe((1, 1), part, "weights kept", KEPT)]
+        recipes += [Recipe((1, 1), part, "ERK, weights kept", KEPT | {"scope": "erk"})]
+        recipes += [Recipe(size, part, best, BLOCK_RECIPE) for size in ((16, 16), (64, 16))]
+    recipes += [Recipe(size, 0.1, best, BLOCK_RECIPE) for size in ((32, 32), (128, 16))]
+    for text, settings in (
+        ("lasso, weights kept", layerwise),
+        ("weights kept", KEPT),
+        ("rewound to θ₀", {}),
+    ):
+        recipes += [Recipe((16, 16), 0.1, text, settings)]
+    recipes += [Recipe((64, 16), 0.1, "lasso, weights kept", layerwise)]
+    return [*recipes, Recipe((1, 1), 0.1, "rewound to θ₀", {})]
 
 
 RECIPES = _recipes()
@@ -106,7 +112,9 @@ def train(recipe: Recipe, seed: int, dataset: str, data_dir: str, folder: Path) 
         network = sparse_network(ticket, recipe.blocksize)
         save_sparse(network, network_path(folder, recipe, dataset), MODEL)
     dense, *_, last = ticket.rounds
-    values = (dataset, recipe.name, seed, density(state.masks))
+    pruned = sum(mask.numel() - int(mask.sum()) for mask in ticket.masks.values())
+    weights = sum(tensor.numel() for tensor in ticket.trained.values() if tensor.dim() > 1)
+    values = (dataset, recipe.name, seed, 1 - pruned / weights)
     accuracies = last["validation_accuracy"], last["test_accuracy"], dense["test_accuracy"]
     return dict(zip(COLUMNS, (*values, *accuracies), strict=True))
 

@@ -24,7 +24,7 @@ LAST_LR = ("constant", "linear")
 EPOCHS, STEPS = 8, 2000  # of a round whose length is not given: whichever is longer
 # with which tickets of blocks come nearest to unstructured ones, as `python -m
 # sparse_lth.experiments blocks` has it measured
-BLOCK_RECIPE = {"rewind": "weights", "block_lasso": 0.05, "last_lr": "linear"}
+BLOCK_RECIPE = {"scope": "erk", "rewind": "weights", "block_lasso": 0.05, "last_lr": "linear"}
 ROUNDS = 1000  # at most: the density of each is worked out before the first
 _STEPS = re.compile(r"([0-9]{1,9})(it|ep)")
 

@@ -59,11 +59,15 @@ def test_float64(shape, density):
     assert code_bytes() > before
 
 
-@pytest.mark.parametrize("blocksize", [(4, 4), (3, 7), (2, 1), (1, 20), (1, 700)])
+@pytest.mark.parametrize(
+    "blocksize",
+    [(4, 4), (3, 7), (2, 1), (1, 20), (1, 700), (8, 1), (8, 16), (16, 1), (32, 2), (24, 5)],
+)
 def test_blocks(blocksize):
     values, pattern, weight = random_layer(65, 1030, blocksize, 0.3)
-    x, grad = torch.randn(90, 1030), torch.randn(90, 65)
+    x, grad, before = torch.randn(90, 1030), torch.randn(90, 65), code_bytes()
     check(kernels.linear(x, values, pattern, None, 65), x, weight)
+    assert code_bytes() > before
     check(linear_native.linear_grad_input(grad, values, pattern, 1030), grad, weight.T)
 
 
