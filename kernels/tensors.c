@@ -179,13 +179,13 @@ static PyObject *py_call(PyObject *self, PyObject *const *args, Py_ssize_t nargs
         PyErr_SetString(PyExc_TypeError, "expected a tensor, a plan and two ints");
         return NULL;
     }
-    PyObject **plan = &PyTuple_GET_ITEM(args[PLAN], 0);
+    PyObject **plan = PySequence_Fast_ITEMS(args[PLAN]);
     const long long in = PyLong_AsLongLong(plan[IN]), bits = PyLong_AsLongLong(plan[BITS]);
     DLTensor x, y;
     const int rows = PyErr_Occurred() ? -1 : is_rows(args[X], plan[TYPE], in, bits, &x);
     if (rows < 1)
         return rows ? NULL : Py_NewRef(Py_None);
-    PyObject *all[MOST] , *done = NULL;
+    PyObject *all[MOST], *done = NULL;
     all[0] = args[SET], all[1] = args[THREADS];
     all[ADDRESS] = PyLong_FromVoidPtr(x.data);
     all[LDX] = PyLong_FromLongLong(x.strides[0]);

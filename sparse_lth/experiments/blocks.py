@@ -23,7 +23,9 @@ COLUMNS = (
     *("validation_accuracy", "test_accuracy", "dense_accuracy"),
 )
 DENSE, MODEL = "dense", "lenet-300-100"
-KEPT = {"rewind": "weights", "last_lr": "linear"}  # what is best for single weights, too
+# the same of single weights
+KEPT = {name: BLOCK_RECIPE[name] for name in BLOCK_RECIPE if name != "block_lasso"}
+LAYERWISE = {"scope": "layerwise"}
 
 
 @dataclass(frozen=True)
@@ -54,22 +56,18 @@ class Recipe:
 
 
 def _recipes() -> list[Recipe]:
-    """Those of the table; the first of each density is what the others are held against."""
-    best, layerwise = "ERK, lasso, weights kept", BLOCK_RECIPE | {"scope": "layerwise"}
+    """Those of the table; the first of each density, single weights of the same training but for
+    the lasso, is what the others are held against."""
     recipes = []
     for part in (0.1, 0.05, 0.036):
-        recipes += [Recipe((1, 1), part, "weights kept", KEPT)]
-        recipes += [Recipe((1, 1), part, "ERK, weights kept", KEPT | {"scope": "erk"})]
-        recipes += [Recipe(size, part, best, BLOCK_RECIPE) for size in ((16, 16), (64, 16))]
-    recipes += [Recipe(size, 0.1, best, BLOCK_RECIPE) for size in ((32, 32), (128, 16))]
-    for text, settings in (
-        ("lasso, weights kept", layerwise),
-        ("weights kept", KEPT),
-        ("rewound to θ₀", {}),
-    ):
-        recipes += [Recipe((16, 16), 0.1, text, settings)]
-    recipes += [Recipe((64, 16), 0.1, "lasso, weights kept", layerwise)]
-    return [*recipes, Recipe((1, 1), 0.1, "rewound to θ₀", {})]
+        recipes += [Recipe((1, 1), part, "ERK, weights kept", KEPT)]
+        recipes += [Recipe((1, 1), part, "weights kept", KEPT | LAYERWISE)]
+        sizes = ((16, 16), (64, 16), (32, 32), (128, 16)) if part == 0.1 else ((16, 16), (64, 16))
+        recipes += [Recipe(size, part, "ERK, lasso, weights kept", BLOCK_RECIPE) for size in sizes]
+    for size in ((16, 16), (64, 16)):
+        recipes += [Recipe(size, 0.1, "lasso, weights kept", BLOCK_RECIPE | LAYERWISE)]
+    recipes += [Recipe((16, 16), 0.1, "weights kept", KEPT | LAYERWISE)]
+    return [*recipes, *(Recipe(size, 0.1, "rewound to θ₀", {}) for size in ((16, 16), (1, 1)))]
 
 
 RECIPES = _recipes()
