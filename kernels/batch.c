@@ -227,21 +227,23 @@ static void forward_tile(void *arg, int64_t i, int worker)
         turn(f, &a, f->layers[f->n - 1].out, y);
 }
 
-/* Whether rows of x are read well as they come: then 16 outputs share a broadcast, and some inputs
-   lie side by side. */
-static int reads_rows(const Layer *l)
+/* From which batch on code pays: where many weights are read for it, from a larger one; and for tall
+   blocks from a larger one the more inputs of a row they read, until rows are as well read. */
+static int64_t least_batch(const Layer *l, int64_t kept)
 {
-    return l->R % 16 == 0 && l->C > 2;
+    enum { MANY = 1 << 20 };
+    if (!is_tall(l))
+        return kept < MANY ? 32 : 64;
+    return l->R % 16 || l->C <= 2 ? 64 * l->C : INT64_MAX;
 }
 
-/* The code of a layer, or NULL where there is none or it does not pay: rows are read well, too few
-   weights share a load of x, or code for many weights is read for a small batch. */
+/* The code of a layer, or NULL where there is none or it does not pay: the batch is small, or too
+   few weights share a load of x. */
 static const Code *find_code(const Kernels *k, const Layer *l, int64_t batch)
 {
-    enum { ONE_IN = 33, MANY = 1 << 20 };
+    enum { ONE_IN = 33 };
     const int64_t kept = kept_weights(l);
-    const int shares = is_tall(l) || ONE_IN * kept >= l->in * l->out;
-    const int pays = !reads_rows(l) && shares && batch >= (kept < MANY ? 32 : 64);
+    const int pays = ONE_IN * kept >= l->in * l->out && batch >= least_batch(l, kept);
     return k->code_of && l->program && pays ? k->code_of(l->program) : NULL;
 }
 
@@ -255,7 +257,8 @@ static int plan_forward(Forward *f, int threads)
     for (int j = 0; j < f->n; j++) {
         const Layer *l = &f->layers[j];
         f->codes[j] = find_code(f->kernels, l, f->batch);
-        work += (f->batch == 1 && !is_tall(l) ? GATHERED : f->batch) * kept_weights(l);
+        const int gathers = f->batch == 1 && l->C == 1 && !is_tall(l);
+        work += (gathers ? GATHERED : f->batch) * kept_weights(l);
         widest = max64(widest, l->out);
         any_wide |= takes_panels(f, j);
         all_code &= f->codes[j] != NULL;

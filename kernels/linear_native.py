@@ -23,9 +23,9 @@ except ImportError as error:
 
 INSTRUCTION_SETS = _native.INSTRUCTION_SETS if _native else ()  # of this machine, the best first
 instruction_set = ContextVar("instruction_set", default=0)  # an index into them
-_dlpack = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.8 has none
-READS_TENSORS = _native is not None and _dlpack is not None and _native.use_dlpack(_dlpack)
 WHY_NO_CODE = _native.WHY_NO_CODE if _native else WHY_NOT  # made from patterns; "" where it is
+if _native:
+    _native.use_dlpack(getattr(Tensor, "__dlpack_c_exchange_api__", None))  # torch 2.8 has none
 
 
 def linear(
@@ -198,8 +198,7 @@ class Chain:
         self._forward, self._instruction_set, self._word = _ENTRIES[dtype]
         sizes = self.in_features, 32 // self._word, self.out_features
         self._plan = Tensor, *sizes, self._forward, *self._arguments
-        whole = self.in_features % self._word == self.out_features % self._word == 0
-        self._is_read_natively = READS_TENSORS and whole
+        self._is_whole = self.in_features % self._word == self.out_features % self._word == 0
 
     @staticmethod
     def takes(layer: ChainLayer) -> bool:
@@ -214,7 +213,7 @@ class Chain:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = None
-        if self._is_read_natively:  # which takes x as it lies in memory, or not at all
+        if self._is_whole:  # and then x is taken as it lies in memory, or not at all
             y = _native.call(x, self._plan, self._instruction_set(), torch.get_num_threads())
         return self._call_on_any(x) if y is None else y
 

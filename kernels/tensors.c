@@ -25,28 +25,30 @@ typedef struct {
     void *stream;
 } DLPackExchangeAPI;
 
-static const DLPackExchangeAPI *dlpack;
-static PyObject *is_neg, *new_empty, *version; /* names */
+static const DLPackExchangeAPI *dlpack; /* NULL where torch is too old to have it */
+static PyObject *data_ptr, *numel, *contiguous, *is_neg, *new_empty, *version; /* names */
 
 static int add_names_of_tensors(void)
 {
+    data_ptr = PyUnicode_InternFromString("data_ptr");
+    numel = PyUnicode_InternFromString("numel");
+    contiguous = PyUnicode_InternFromString("is_contiguous");
     is_neg = PyUnicode_InternFromString("is_neg");
     new_empty = PyUnicode_InternFromString("new_empty");
     version = PyUnicode_InternFromString("_version");
-    return is_neg && new_empty && version ? 0 : -1;
+    return data_ptr && numel && contiguous && is_neg && new_empty && version ? 0 : -1;
 }
 
-/* use_dlpack(capsule): whether tensors can be read by it, a type's __dlpack_c_exchange_api__. What is
-   below is not to be called before that. */
+/* use_dlpack(capsule): reads tensors by a type's __dlpack_c_exchange_api__ from now on, if it can */
 static PyObject *py_use_dlpack(PyObject *self, PyObject *capsule)
 {
+    static const char name[] = "dlpack_exchange_api";
+    const DLPackExchangeAPI *api =
+        PyCapsule_IsValid(capsule, name) ? PyCapsule_GetPointer(capsule, name) : NULL;
     (void)self;
-    const DLPackExchangeAPI *api = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
-    if (!api)
-        return NULL;
-    if (api->version.major == 1 && api->read)
+    if (api && api->version.major == 1 && api->read)
         dlpack = api;
-    return PyBool_FromLong(dlpack != NULL);
+    Py_RETURN_NONE;
 }
 
 /* Whether a tensor's numbers lie one behind the other. */
@@ -61,32 +63,41 @@ static int is_contiguous(const DLTensor *t)
     return 1;
 }
 
-/* Whether a tensor is what it was, as an entry of unchanged.py has it; None is not asked for: 1, 0 or
-   -1. One that cannot be read has changed. */
-static int is_still(PyObject *tensor, PyObject *address, PyObject *count, PyObject *written)
+/* Whether `now`, which it takes, equals `expected`: 1, 0 or -1 */
+static int is_still(PyObject *now, PyObject *expected)
 {
-    int64_t numel = 1;
-    DLTensor t;
-    if (written != Py_None) {
-        PyObject *now = PyObject_GetAttr(tensor, version);
-        const int equal = now ? PyObject_RichCompareBool(now, written, Py_EQ) : -1;
-        Py_XDECREF(now);
-        if (equal < 1)
-            return equal;
+    const int equal = now ? PyObject_RichCompareBool(now, expected, Py_EQ) : -1;
+    Py_XDECREF(now);
+    return equal;
+}
+
+/* Whether a tensor lies where it did, and, unless count is None, so many numbers of it, contiguous:
+   1, 0 or -1. One that DLPack cannot read has changed. */
+static int lies_there(PyObject *tensor, PyObject *address, PyObject *count)
+{
+    if (!dlpack) {
+        int still = is_still(PyObject_CallMethodNoArgs(tensor, data_ptr), address);
+        if (still == 1 && count != Py_None)
+            still = is_still(PyObject_CallMethodNoArgs(tensor, numel), count);
+        if (still == 1 && count != Py_None)
+            still = is_still(PyObject_CallMethodNoArgs(tensor, contiguous), Py_True);
+        return still;
     }
+    int64_t numbers = 1;
+    DLTensor t;
     if (dlpack->read(tensor, &t)) {
         PyErr_Clear();
         return 0;
     }
     for (int i = 0; i < t.ndim; i++)
-        numel *= t.shape[i];
-    const int still = t.data + t.byte_offset == (char *)PyLong_AsVoidPtr(address) &&
-                      (count == Py_None ||
-                       (numel == PyLong_AsLongLong(count) && is_contiguous(&t)));
+        numbers *= t.shape[i];
+    const int still =
+        t.data + t.byte_offset == (char *)PyLong_AsVoidPtr(address) &&
+        (count == Py_None || (numbers == PyLong_AsLongLong(count) && is_contiguous(&t)));
     return PyErr_Occurred() ? -1 : still;
 }
 
-/* Of one entry, of a module whose __dict__ is `own`: 1, 0 or -1 */
+/* Of one entry of unchanged.py, of a module whose __dict__ is `own`: 1, 0 or -1 */
 static int is_held(PyObject *own, PyObject *entry)
 {
     enum { GROUP, KEY, VALUE, ADDRESS, COUNT, VERSION, ENTRIES };
@@ -110,7 +121,12 @@ static int is_held(PyObject *own, PyObject *entry)
         return -1;
     if ((found ? found : Py_None) != e[VALUE])
         return 0;
-    return e[ADDRESS] == Py_None || is_still(e[VALUE], e[ADDRESS], e[COUNT], e[VERSION]);
+    if (e[ADDRESS] == Py_None)
+        return 1;
+    const int there = lies_there(e[VALUE], e[ADDRESS], e[COUNT]);
+    if (there != 1 || e[VERSION] == Py_None)
+        return there;
+    return is_still(PyObject_GetAttr(e[VALUE], version), e[VERSION]);
 }
 
 /* Of one module, its __dict__ and what it held, which is None where nothing can tell: 1, 0 or -1 */
@@ -148,7 +164,7 @@ static PyObject *py_unchanged(PyObject *self, PyObject *modules)
 static int is_rows(PyObject *tensor, PyObject *type, long long features, long long bits, DLTensor *t)
 {
     enum { CPU = 1, FLOAT = 2, BFLOAT = 4 };
-    if ((PyObject *)Py_TYPE(tensor) != type)
+    if (!dlpack || (PyObject *)Py_TYPE(tensor) != type)
         return 0;
     if (dlpack->read(tensor, t)) {
         PyErr_Clear();

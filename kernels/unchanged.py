@@ -1,10 +1,10 @@
-"""Whether what a call was prepared from is still there: `unchanged`, native where it can be."""
+"""Whether what a call was prepared from is still there: `unchanged`, native where it was built."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-from .linear_native import READS_TENSORS, _native
+from .linear_native import _native
 
 
 class Held(NamedTuple):
@@ -59,4 +59,4 @@ def _holds(own: dict, entries: tuple[Held, ...]) -> bool:
     return True
 
 
-unchanged = _native.unchanged if READS_TENSORS else _unchanged
+unchanged = _unchanged if _native is None else _native.unchanged

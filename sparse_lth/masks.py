@@ -113,14 +113,12 @@ def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[s
 
     Erdos-Renyi-Kernel, Evci et al., arXiv 1911.11134.
     """
-    left, whole = dict(shapes), []
-    wanted = density * sum(map(prod, shapes.values()))
-    while True:
+    left, wanted, factor = dict(shapes), density * sum(map(prod, shapes.values())), 0.0
+    while left:
         factor = wanted / sum(map(sum, left.values()))
         full = [name for name, shape in left.items() if factor * sum(shape) >= prod(shape)]
         if not full:
             break
-        whole += full
         wanted -= sum(prod(left.pop(name)) for name in full)
     part = {name: factor * sum(shape) / prod(shape) for name, shape in left.items()}
     return {name: part.get(name, 1.0) for name in shapes}

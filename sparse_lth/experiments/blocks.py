@@ -56,8 +56,7 @@ class Recipe:
 
 
 def _recipes() -> list[Recipe]:
-    """Those of the table; the first of each density, single weights of the same training but for
-    the lasso, is what the others are held against."""
+    """Those of the table; the first of each density is what the others are held against."""
     recipes = []
     for part in (0.1, 0.05, 0.036):
         recipes += [Recipe((1, 1), part, "ERK, weights kept", KEPT)]

@@ -59,7 +59,7 @@ def report(folder: Path, recipes: Sequence[Recipe], dataset: str) -> None:
     lines = [*compare(rows, recipes)]
     table = Table(title="Test accuracy of tickets in %, mean and 95 % interval", box=None)
     for name in (
-        *("blocks", "density", "kept", "training", "seeds", "accuracy", "minus unstructured"),
+        *("blocks", "density", "kept", "training", "seeds", "accuracy", "minus the first"),
         *("µs for an image", "over dense"),
     ):
         table.add_column(name)
@@ -99,7 +99,7 @@ def draw(lines: Sequence[Line], times: Mapping[str, dict], dense: Mean) -> Figur
         if line.accuracy.value < floor
     ]
     if left_out:
-        axes.set_title(f"below {floor:.1f} %: {', '.join(left_out)}", fontsize="small")
+        axes.set_title(f"not shown, below {floor:.1f} %: {', '.join(left_out)}", fontsize="small")
     axes.set_ylim(bottom=floor, top=min(100, axes.get_ylim()[1]))
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)

@@ -56,9 +56,11 @@ class Watch:
             if written == self.files.get(chain):
                 continue
             self.files[chain] = written
+            wanted = {(method, level) for method, *_, level in chain.networks}
             trainings = {}
             for row in State.load(path, ROW).history:
-                trainings.setdefault((chain, row["method"], row["round"]), []).append(row)
+                if (row["method"], row["round"]) in wanted:
+                    trainings.setdefault((chain, row["method"], row["round"]), []).append(row)
             for network, rows in trainings.items():
                 if network not in self.seen:
                     self.seen.add(network)

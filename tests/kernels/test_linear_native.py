@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from sparse_lth import bsr, kernels
 from sparse_lth.kernels import Chain, ChainLayer, Pattern, linear_native, linear_torch
@@ -254,6 +255,51 @@ def test_chain_reads_the_memory_that_its_tensors_had():
     for t in (layers[0].values, layers[0].bias):
         t.data = torch.zeros(1)  # which frees the memory, if nobody else holds it
     assert torch.equal(chain(x), before)
+
+
+def _taken(dtype):
+    """Inputs of 78 numbers that a native call takes as they lie, by what they are."""
+    x = torch.randn(4, 80).to(dtype)
+    return {"rows": x[:, :78].clone(), "part of rows": x[:, :78], "behind": x[1:, 2:]}
+
+
+def _left(dtype):
+    """Inputs that it leaves to the interpreter, of which some are of no use at all."""
+    x = torch.randn(4, 78).to(dtype)
+    odd = torch.zeros(1 + 4 * 79, dtype=dtype)
+    inputs = {
+        "columns": torch.randn(78, 4).to(dtype).T,
+        "negated": torch._neg_view(x),
+        "zeros": torch._efficientzerotensor((4, 78), dtype=dtype),
+        "Parameter": nn.Parameter(x),
+        "no row": x[:0],
+        "one dimension": x[0],
+        "too many": torch.randn(4, 80).to(dtype),
+        "float64": x.double(),
+        "meta": x.to("meta"),
+        "sparse": x.to_sparse(),
+    }
+    if dtype == torch.bfloat16:
+        inputs["half a word on"] = odd[1 : 1 + 4 * 78].view(4, 78)
+        inputs["an odd stride"] = odd[1:].view(4, 79)[:, :78]
+    return inputs
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="torch is too old for it"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_native_call_takes_rows_as_they_lie(dtype):
+    weight = torch.randn(10, 78).to(dtype)
+    exact, chain = weight.double().T, Chain([ChainLayer(weight, None, None, 78, 10)])
+
+    def call(x):
+        return linear_native._native.call(x, chain._plan, 0, 1)
+
+    for x in _taken(dtype).values():
+        assert_close(call(x), x.double() @ exact, x.double().abs() @ exact.abs())
+    for name, x in _left(dtype).items():
+        assert call(x) is None, name
 
 
 def test_chain_says_what_it_expected():

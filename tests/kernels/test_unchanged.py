@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from sparse_lth.kernels import unchanged as module
 from sparse_lth.kernels.unchanged import Held, _unchanged
@@ -53,6 +54,12 @@ def _write(holder):
     holder.index.add_(1)
 
 
+def _swap_for_what_has_no_version(holder):
+    with torch.inference_mode():
+        other = torch.arange(3)
+    torch.utils.swap_tensors(holder.index, other)
+
+
 def _leave_without_numbers(holder):
     torch.utils.swap_tensors(holder.weight, nn.Parameter(holder.weight.to("meta")))
 
@@ -76,6 +83,7 @@ def _patch(holder):
         _remove,
         _add,
         _write,
+        _swap_for_what_has_no_version,
         _leave_without_numbers,
         _set,
         _patch,
@@ -108,6 +116,22 @@ def test_each_module_is_asked_and_none_is_known_to_be_unchanged(ask):
     assert not ask((*both, (vars(holder), None)))
     _set(other)
     assert not ask(both)
+
+
+class _Stops(TorchFunctionMode):
+    """Raises where a version is read."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__self__", None) is torch.Tensor._version:
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+@BOTH
+def test_an_error_comes_through(ask):
+    holder, held = _holder()
+    with _Stops(), pytest.raises(KeyboardInterrupt):
+        ask(((vars(holder), held),))
 
 
 @pytest.mark.skipif(module.unchanged is _unchanged, reason="native kernels are not built")
