@@ -228,13 +228,13 @@ static void forward_tile(void *arg, int64_t i, int worker)
 }
 
 /* From which batch on code pays: where many weights are read for it, from a larger one; and for tall
-   blocks from a larger one the more inputs of a row they read, until rows are as well read. */
+   blocks from a larger one the more inputs side by side they have, which rows are read well for. */
 static int64_t least_batch(const Layer *l, int64_t kept)
 {
     enum { MANY = 1 << 20 };
     if (!is_tall(l))
         return kept < MANY ? 32 : 64;
-    return l->R % 16 || l->C <= 2 ? 64 * l->C : INT64_MAX;
+    return l->C <= (l->R % 16 ? 8 : 1) ? 64 * l->C : INT64_MAX;
 }
 
 /* The code of a layer, or NULL where there is none or it does not pay: the batch is small, or too

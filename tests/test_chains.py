@@ -220,6 +220,8 @@ def test_a_part_of_the_grid_is_the_networks_that_were_asked_for():
         (16, 1),
     }
     assert len(grid(Plan(), 1, ["dense"])) == 4
+    (chain,) = grid(Plan(), 1, ["continued training"])
+    assert (chain.method, chain.controls) == ("learning-rate rewinding", ("continued training",))
 
 
 @pytest.fixture(scope="module")

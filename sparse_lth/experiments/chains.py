@@ -201,12 +201,13 @@ def record_of(density: float, step: int, losses: dict, accuracies: dict) -> dict
 
 
 def grid(plan: Plan, replicates: int, networks: Sequence[str] = NETWORKS) -> list[Chain]:
-    """The chains of these networks, the longest first."""
+    """The chains of these networks, a control with its chain, the longest first."""
     chains = []
     for replicate in range(replicates):
-        for method in (name for name in METHODS if name in networks and name != "dense"):
+        for method in (name for name in METHODS if name != "dense"):
             controls = tuple(name for name in BESIDE.get(method, ()) if name in networks)
-            chains.append(Chain(method, replicate, plan.levels, controls=controls))
+            if method in networks or controls:
+                chains.append(Chain(method, replicate, plan.levels, controls=controls))
         if "blocks" in networks:
             chains += [Chain(TICKET, replicate, plan.levels, size) for size in BLOCKSIZES]
         if "dense" in networks:
