@@ -17,8 +17,10 @@ enum {
     CODE_PANELS = 16,      /* panels that share a piece of code in the first cache */
     LONG_CODE_PANELS = 32, /* the same for layers so long that a piece takes fewer inputs */
     GATHERED = 16,         /* multiply-adds that take as long as one whose input is gathered */
-    MUCH_CODE = 1 << 19,   /* bytes that crowd the second cache: threads then share a tile, each
-                              with outputs of its own */
+    MUCH_CODE = 1 << 19,   /* bytes that crowd the second cache: tiles are then of many panels, too */
+    SHARED_CODE = 1 << 16, /* bytes for each row that a thread takes, from which on threads share a
+                              tile, each with outputs, and so with code, of its own; ... */
+    HUGE_CODE = 1 << 23,   /* ... or bytes in all, which would crowd the last cache */
     PAGE = 4096 / sizeof(float),
 };
 
@@ -269,12 +271,16 @@ static int plan_forward(Forward *f, int threads)
     threads = threads_now((int)max64(1, min64(threads, work / WORTH_A_THREAD)));
     f->pad = !all_code;
     f->tile = any_wide ? WIDE_PANELS * L : ceil_div(f->batch, ceil_div(f->batch, TILE));
-    if (code > MUCH_CODE)
-        f->tile = L * (longest > LONG ? LONG_CODE_PANELS : CODE_PANELS);
-    else if (all_code)
-        f->tile = L * min64(CODE_PANELS, ceil_div(ceil_div(f->batch, L), threads));
+    const int64_t bearable = min64(SHARED_CODE * f->batch / threads, HUGE_CODE);
+    const int shares = threads > 1 && code > bearable;
+    if (all_code || code > MUCH_CODE) {
+        int64_t panels = shares && longest > LONG ? LONG_CODE_PANELS : CODE_PANELS;
+        if (!shares)
+            panels = min64(panels, ceil_div(ceil_div(f->batch, L), threads));
+        f->tile = L * (all_code ? panels : ceil_div(panels, WIDE_PANELS) * WIDE_PANELS);
+    }
     f->tile = min64(f->tile, f->batch);
-    const int across = code > MUCH_CODE || ceil_div(f->batch, f->tile) < threads ? 1 : threads;
+    const int across = shares || ceil_div(f->batch, f->tile) < threads ? 1 : threads;
     f->threads = threads / across;
     f->part = max64(panels_of(f->kernels, f->tile, f->pad) * (widest + 5) * L,
                     f->tile * (widest + 16));
