@@ -270,7 +270,8 @@ static int plan_forward(Forward *f, int threads)
     const int64_t L = f->kernels->lanes;
     threads = threads_now((int)max64(1, min64(threads, work / WORTH_A_THREAD)));
     f->pad = !all_code;
-    f->tile = any_wide ? WIDE_PANELS * L : ceil_div(f->batch, ceil_div(f->batch, TILE));
+    const int64_t rows = f->batch > 2 * TILE ? TILE : TILE / 2; /* few, so that threads find some */
+    f->tile = any_wide ? WIDE_PANELS * L : ceil_div(f->batch, ceil_div(f->batch, rows));
     const int64_t bearable = min64(SHARED_CODE * f->batch / threads, HUGE_CODE);
     const int shares = threads > 1 && code > bearable;
     if (all_code || code > MUCH_CODE) {
