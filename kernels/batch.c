@@ -270,8 +270,9 @@ static int plan_forward(Forward *f, int threads)
     const int64_t L = f->kernels->lanes;
     threads = threads_now((int)max64(1, min64(threads, work / WORTH_A_THREAD)));
     f->pad = !all_code;
-    const int64_t rows = f->batch > 2 * TILE ? TILE : TILE / 2; /* few, so that threads find some */
-    f->tile = any_wide ? WIDE_PANELS * L : ceil_div(f->batch, ceil_div(f->batch, rows));
+    const int few = f->batch <= 2 * TILE; /* rows: half a tile each, so that threads find some */
+    f->tile = any_wide ? (few ? WIDE_PANELS / 2 : WIDE_PANELS) * L
+                       : ceil_div(f->batch, ceil_div(f->batch, few ? TILE / 2 : TILE));
     const int64_t bearable = min64(SHARED_CODE * f->batch / threads, HUGE_CODE);
     const int shares = threads > 1 && code > bearable;
     if (all_code || code > MUCH_CODE) {
