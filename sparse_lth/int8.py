@@ -90,12 +90,13 @@ class Int8SparseLinear(nn.Module):
         if x.is_cpu and Chain.MAX_LAYERS and not traced:
             snapshot = self._snapshot()
             return call(snapshot.chain, plain(x), snapshot.activation)
-        flat, weight = x.reshape(-1, self.in_features), (self.weight_values, self.weight_scales)
+        flat = x.reshape(-1, self.in_features)
+        weight = Int8Weight(self.weight_values, self.weight_scales)
         indices, last = (self.crow_indices, self.col_indices), (self.out_features, self.activation)
         if traced:
             y = int8_linear(flat, *weight, *indices, self.bias, *last)
         else:
-            y = linear(flat, Int8Weight(*weight), pattern_of(*indices, self.grid), self.bias, *last)
+            y = linear(flat, weight, pattern_of(*indices, self.grid), self.bias, *last)
         return y.view(*x.shape[:-1], self.out_features)
 
     @property

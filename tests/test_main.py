@@ -149,8 +149,9 @@ def test_an_exported_lenet_5_keeps_a_tenth_of_all_its_weights(tmp_path, capsys):
     assert not any("dense" in layer for layer in last["layers"])
 
 
-def test_an_exported_model_in_int8_is_about_a_thirtieth_of_the_dense_one(tmp_path):
-    flags = "--export-sparse", "--quantize", "int8", "--out-dir", tmp_path
+def test_an_exported_model_in_int8_is_a_thirtieth_of_the_dense_one(tmp_path):
+    # ERK may keep more of fc2's last blocks, which are mostly padding
+    flags = "--export-sparse", "--quantize", "int8", "--scope", "layerwise", "--out-dir", tmp_path
     assert _run(*QUICK, *flags) == 0
     path = tmp_path / "sparse_model.safetensors"
     layers = [type(m) for m in load_sparse(path).modules() if hasattr(m, "in_features")]
@@ -158,7 +159,7 @@ def test_an_exported_model_in_int8_is_about_a_thirtieth_of_the_dense_one(tmp_pat
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     rows = {row["measure"]: row for row in last["rows"]}
     assert rows["file size"]["pruned"] == path.stat().st_size
-    assert rows["file size"]["gain"] >= 29  # 30 where no kept block is mostly padding
+    assert rows["file size"]["gain"] >= 30
     in_float32 = Ticket.load(tmp_path / "ticket.safetensors").rounds[-1]["test_accuracy"]
     assert rows["test accuracy"]["pruned"] == pytest.approx(
         100 * in_float32, abs=2.1
