@@ -12,18 +12,18 @@ enum { WORTH_A_THREAD = 1 << 18 };
 
 /* How the batch is cut into tiles, which pass through the layers one after the other. */
 enum {
-    TILE = 64,             /* rows at most, where not all of it is machine code */
     WIDE_PANELS = 4,       /* panels that share a load of a weight */
     CODE_PANELS = 16,      /* panels that share a piece of code in the first cache */
     LONG_CODE_PANELS = 32, /* the same for layers so long that a piece takes fewer inputs */
+    FEW_PANELS = 8,        /* in all: tiles are then of half as many, so that threads find some */
     GATHERED = 16,         /* multiply-adds that take as long as one whose input is gathered */
     MUCH_CODE = 1 << 19,   /* bytes that crowd the second cache: tiles are then of many panels, too */
     SHARED_CODE = 1 << 16, /* bytes for each row that a thread takes, from which on threads share a
                               tile, each with outputs, and so with code, of its own; ... */
     HUGE_CODE = 1 << 23,   /* ... or bytes in all, which would crowd the last cache */
-    PAGE = 4096 / sizeof(float),
 };
 
+/* The batch is panels, in tiles that differ by one unit at most, and a rest of few rows. */
 typedef struct {
     const Kernels *kernels;
     const Layer *layers;
@@ -31,36 +31,40 @@ typedef struct {
     int n, threads;     /* layers; threads for one layer of one tile */
     const float *x;
     float *y;
-    int64_t ldx, batch, tile; /* tile: rows */
-    int pad;                  /* whether panels come by 1, 2 or fours, as `wide` wants them */
-    int64_t part;             /* floats of one scratch buffer */
-    float *scratch;           /* (workers, 2, part) */
+    int64_t ldx, batch;
+    int64_t panels, tiles;
+    int64_t unit, units; /* panels that are not cut apart, and how many such */
+    int64_t part;        /* floats of one scratch buffer */
+    float *scratch;      /* (workers, 2, part) */
 } Forward;
 
 static int is_tall(const Layer *l) { return l->R % 8 == 0; }
 
-/* Whether layer j is taken in panels, not in rows. */
-static int takes_panels(const Forward *f, int j)
+/* Whether a layer is taken in rows: one row alone is, and tall blocks are in the rest. Where there
+   are registers for 14 rows, blocks that a vector of x is read well for pay without a transpose,
+   unless x does not stay in the second cache or its rows meet in the first. */
+static int takes_rows(const Forward *f, const Layer *l, int is_rest, int64_t rows)
 {
-    return f->batch > 1 && (f->codes[j] || !is_tall(&f->layers[j]));
+    enum { PAGE = 4096 / sizeof(float) };
+    if (is_rest)
+        return rows == 1 || is_tall(l);
+    return f->kernels->lanes == 16 && l->R % 16 == 0 && l->C >= 4 && l->in % PAGE != 0 &&
+           WIDE_PANELS * 16 * l->in <= CACHED;
 }
 
-static int64_t panels_of(const Kernels *k, int64_t rows, int pad)
+/* The row of the batch at which tile i begins; the rest, if there is one, is the last tile. */
+static int64_t first_row(const Forward *f, int64_t i)
 {
-    const int64_t panels = ceil_div(rows, k->lanes);
-    return pad && panels > 2 ? ceil_div(panels, WIDE_PANELS) * WIDE_PANELS : panels;
+    if (i > f->tiles)
+        return f->batch;
+    const int64_t panel = f->tiles ? f->units * i / f->tiles * f->unit : 0;
+    return min64(f->batch, min64(f->panels, panel) * f->kernels->lanes);
 }
 
-/* Floats from panel to panel, and from row to row of scratch. At a multiple of a page they would
-   meet in few places of the caches. */
+/* Floats from panel to panel. At a multiple of a page they would meet in few places of the caches. */
 static int64_t panel_stride(const Kernels *k, int64_t features)
 {
     return (features + (features % 64 == 0 ? 5 : 0)) * k->lanes;
-}
-
-static int64_t row_stride(int64_t features)
-{
-    return features + (features % PAGE == 0 ? 16 : 0);
 }
 
 /* One layer on one tile, cut into ranges of outputs. */
@@ -70,9 +74,21 @@ typedef struct {
     const Code *code;
     const float *x;
     float *y;
+    float *result; /* NULL, or the rows (rows, out) that y goes into from its panels */
     int64_t ldx, ldy, rows, panels; /* panels: 0 where x and y are rows */
     int64_t parts, range;           /* outputs, block rows or groups; how many in a range */
 } Step;
+
+/* Puts outputs begin .. end into rows. */
+static void finish(const Step *s, int64_t begin, int64_t end)
+{
+    const int64_t L = s->kernels->lanes, out = s->layer->out;
+    end = min64(end, out);
+    for (int64_t p = 0; s->result && p < s->panels; p++)
+        s->kernels->transpose(s->y + p * s->ldy + begin * L, L, end - begin,
+                              min64(L, s->rows - p * L), s->result + p * L * out + begin, out,
+                              end - begin);
+}
 
 static void step_range(void *arg, int64_t i, int worker)
 {
@@ -81,18 +97,21 @@ static void step_range(void *arg, int64_t i, int worker)
     const Kernels *k = s->kernels;
     const int64_t begin = i * s->range, end = min64(s->parts, begin + s->range);
     (void)worker;
-    if (s->code)
+    if (s->code) {
         k->run_code(s->code, l, begin, end, s->x, s->ldx, s->y, s->ldy, s->panels);
-    else if (is_tall(l))
-        for (int64_t m = 0; m < s->rows; m += TILE)
-            (l->R % 16 ? k->tall8 : k->tall16)(l, begin, end, s->x + m * s->ldx, s->ldx,
-                                               s->y + m * s->ldy, s->ldy, min64(TILE, s->rows - m));
-    else if (s->panels == 0)
-        k->single(l, begin, end, s->x, s->y);
+        finish(s, begin * GROUP, end * GROUP);
+    } else if (s->panels) {
+        /* so many block rows that their outputs are still in the first cache */
+        const int64_t few = s->panels * k->lanes * l->in <= CACHED ? max64(1, 64 / l->R) : s->range;
+        for (int64_t n = begin; n < end; n += few) {
+            const int64_t last = min64(end, n + few);
+            k->wide(l, n, last, s->x, s->ldx, s->y, s->ldy, s->panels);
+            finish(s, n * l->R, last * l->R);
+        }
+    } else if (is_tall(l))
+        (l->R % 16 ? k->tall8 : k->tall16)(l, begin, end, s->x, s->ldx, s->y, s->ldy, s->rows);
     else
-        for (int64_t p = 0; p < s->panels; p += WIDE_PANELS)
-            k->wide(l, begin, end, s->x + p * s->ldx, s->ldx, s->y + p * s->ldy, s->ldy,
-                    min64(WIDE_PANELS, s->panels - p));
+        k->single(l, begin, end, s->x, s->y);
 }
 
 /* Rows of the batch into panels or back, cut into ranges of features. */
@@ -112,27 +131,12 @@ static void turn_range(void *arg, int64_t i, int worker)
     (void)worker;
     for (int64_t p = 0; p < t->panels; p++) {
         const int64_t row = p * L * t->ldrows + begin, panel = p * t->ldpanels + begin * L;
-        const int64_t rows = max64(0, min64(L, t->rows - p * L));
+        const int64_t rows = min64(L, t->rows - p * L);
         if (t->into_panels)
             k->transpose(t->from + row, t->ldrows, rows, n, t->to + panel, L, L);
-        else if (rows)
+        else
             k->transpose(t->from + panel, L, n, rows, t->to + row, t->ldrows, n);
     }
-}
-
-/* Rows into rows further apart, cut into ranges of rows. */
-typedef struct {
-    const float *from;
-    float *to;
-    int64_t ldfrom, ldto, rows, features, range;
-} Copy;
-
-static void copy_range(void *arg, int64_t i, int worker)
-{
-    const Copy *c = arg;
-    (void)worker;
-    for (int64_t m = i * c->range; m < min64(c->rows, (i + 1) * c->range); m++)
-        memcpy(c->to + m * c->ldto, c->from + m * c->ldfrom, c->features * sizeof(float));
 }
 
 /* Brings x (rows, in) into cache. Tall blocks read it in no order, in which memory is slow; a load
@@ -140,7 +144,7 @@ static void copy_range(void *arg, int64_t i, int worker)
 static void touch(const float *x, int64_t ldx, int64_t rows, int64_t in)
 {
     for (int64_t m = 0; m < rows; m++)
-        for (int64_t k = 0; k < in; k += 16)
+        for (int64_t k = 0; k < in; k += LINE_FLOATS)
             (void)*(const volatile float *)(x + m * ldx + k);
 }
 
@@ -167,125 +171,119 @@ static int64_t range_of(const Forward *f, int64_t all, int64_t least)
     return best * least;
 }
 
-/* x is now what was written to `to`, the spare buffer or the result. */
-static void move_on(Activations *a, float *to, int64_t ldx)
+/* x is now what was written to the spare buffer. */
+static void move_on(Activations *a, int64_t ldx)
 {
-    a->x = to, a->ldx = ldx, a->spare = a->other, a->other = to;
+    float *written = a->spare;
+    a->spare = a->other, a->other = written, a->x = written, a->ldx = ldx;
 }
 
-/* Puts the activations, of so many features, into panels, or into rows; in a buffer, or in y. */
-static void turn(const Forward *f, Activations *a, int64_t features, float *y)
+/* Puts the activations, of so many features, into panels, or into rows. */
+static void turn(const Forward *f, Activations *a, int64_t features)
 {
-    const int into_panels = !a->in_panels;
-    const int64_t ldpanels = into_panels ? panel_stride(f->kernels, features) : a->ldx;
-    const int64_t ldrows = into_panels ? a->ldx : y ? features : row_stride(features);
-    Turn t = {.kernels = f->kernels, .from = a->x, .to = y ? y : a->spare, .ldrows = ldrows,
-              .ldpanels = ldpanels, .rows = a->rows, .panels = a->panels, .features = features,
-              .range = range_of(f, features, 64), .into_panels = into_panels};
+    a->in_panels = !a->in_panels;
+    const int64_t ld = a->in_panels ? panel_stride(f->kernels, features) : features;
+    Turn t = {.kernels = f->kernels, .from = a->x, .to = a->spare, .rows = a->rows,
+              .ldrows = a->in_panels ? a->ldx : ld, .ldpanels = a->in_panels ? ld : a->ldx,
+              .panels = a->panels, .features = features, .range = range_of(f, features, 64),
+              .into_panels = a->in_panels};
     parallel_for(f->threads, ceil_div(features, t.range), turn_range, &t);
-    move_on(a, t.to, into_panels ? ldpanels : ldrows);
-    a->in_panels = into_panels;
+    move_on(a, ld);
 }
 
-/* Brings the batch into cache as tall blocks want it: in rows that do not meet in it. */
-static void bring_rows(const Forward *f, Activations *a, int64_t in)
-{
-    if (a->rows == 1 || a->ldx % PAGE) {
-        touch(a->x, a->ldx, a->rows, in);
-        return;
-    }
-    Copy c = {.from = a->x, .to = a->spare, .ldfrom = a->ldx, .ldto = row_stride(in),
-              .rows = a->rows, .features = in, .range = range_of(f, a->rows, 1)};
-    parallel_for(f->threads, ceil_div(a->rows, c.range), copy_range, &c);
-    move_on(a, c.to, c.ldto);
-}
-
-/* Rows i * tile .. of the batch through all layers. */
+/* Tile i of the batch through all layers. */
 static void forward_tile(void *arg, int64_t i, int worker)
 {
     const Forward *f = arg;
-    const int64_t begin = i * f->tile, rows = min64(f->tile, f->batch - begin);
+    const int64_t begin = first_row(f, i), rows = first_row(f, i + 1) - begin;
+    const int is_rest = i == f->tiles;
     float *scratch = f->scratch + 2 * f->part * worker;
     float *y = f->y + begin * f->layers[f->n - 1].out;
     Activations a = {.x = f->x + begin * f->ldx, .ldx = f->ldx, .rows = rows,
-                     .panels = panels_of(f->kernels, rows, f->pad), .spare = scratch,
+                     .panels = ceil_div(rows, f->kernels->lanes), .spare = scratch,
                      .other = scratch + f->part};
     for (int j = 0; j < f->n; j++) {
         const Layer *l = &f->layers[j];
-        const int wide = takes_panels(f, j), last = j == f->n - 1;
-        if (wide != a.in_panels)
-            turn(f, &a, l->in, NULL);
+        const int in_panels = !takes_rows(f, l, is_rest, rows);
+        float *const result = j == f->n - 1 ? y : NULL;
+        if (in_panels != a.in_panels)
+            turn(f, &a, l->in);
         else if (j == 0 && is_tall(l))
-            bring_rows(f, &a, l->in);
-        Step s = {.kernels = f->kernels, .layer = l, .code = f->codes[j], .x = a.x, .ldx = a.ldx,
-                  .y = last && !wide ? y : a.spare, .rows = rows, .panels = wide ? a.panels : 0};
-        s.ldy = wide ? panel_stride(f->kernels, l->out) : last ? l->out : row_stride(l->out);
-        s.parts = s.code ? s.code->groups : is_tall(l) ? block_rows(l) : l->out;
+            touch(a.x, a.ldx, rows, l->in);
+        Step s = {.kernels = f->kernels, .layer = l, .x = a.x, .ldx = a.ldx, .rows = rows,
+                  .y = in_panels || !result ? a.spare : result, .ldy = l->out, .parts = l->out};
+        if (in_panels) {
+            s.code = f->codes[j], s.panels = a.panels, s.result = result;
+            s.ldy = panel_stride(f->kernels, l->out);
+        }
+        if (in_panels || is_tall(l))
+            s.parts = s.code ? s.code->groups : block_rows(l);
         s.range = range_of(f, s.parts, 1);
         parallel_for(f->threads, ceil_div(s.parts, s.range), step_range, &s);
-        move_on(&a, s.y, s.ldy);
+        move_on(&a, s.ldy);
     }
-    if (a.in_panels)
-        turn(f, &a, f->layers[f->n - 1].out, y);
 }
 
-/* From which batch on code pays: where many weights are read for it, from a larger one; and for tall
-   blocks from a larger one the more inputs side by side they have, which rows are read well for. */
-static int64_t least_batch(const Layer *l, int64_t kept)
-{
-    enum { MANY = 1 << 20 };
-    if (!is_tall(l))
-        return kept < MANY ? 32 : 64;
-    return l->C <= (l->R % 16 ? 8 : 1) ? 64 * l->C : INT64_MAX;
-}
-
-/* The code of a layer, or NULL where there is none or it does not pay: the batch is small, or too
-   few weights share a load of x. */
+/* The code of a layer, or NULL where there is none or it does not pay: blocks are so high that
+   outputs share a load of x without it, the batch is small, more so where many weights are read for
+   it, or too few weights share a load of x. */
 static const Code *find_code(const Kernels *k, const Layer *l, int64_t batch)
 {
-    enum { ONE_IN = 33 };
+    enum { SHARING = 4, LEAST_BATCH = 32, MANY = 1 << 20, ONE_IN = 33 };
     const int64_t kept = kept_weights(l);
-    const int pays = ONE_IN * kept >= l->in * l->out && batch >= least_batch(l, kept);
+    const int pays = l->R < SHARING && batch >= (kept < MANY ? LEAST_BATCH : 2 * LEAST_BATCH) &&
+                     ONE_IN * kept >= l->in * l->out;
     return k->code_of && l->program && pays ? k->code_of(l->program) : NULL;
 }
 
-/* Cuts the batch into tiles, of which `threads` run at a time, or one on all threads. What is no
-   code adds up in an order that depends on the rows of a tile: these then depend on the batch only,
-   not on the number of threads. */
+/* What codes a call runs. */
+typedef struct {
+    int64_t bytes, longest; /* in all; the most inputs of a layer that has one */
+    int all, shared;        /* whether every layer has one; whether threads share tiles for them */
+} Codes;
+
+/* The panels of a tile. What is no code adds up in an order that depends on them: they then depend
+   on the batch only, not on the number of threads. */
+static int64_t panels_of_tile(const Forward *f, const Codes *c, int threads)
+{
+    if (!c->all && c->bytes <= MUCH_CODE)
+        return f->panels <= FEW_PANELS ? WIDE_PANELS / 2 : WIDE_PANELS;
+    if (c->shared)
+        return c->longest > LONG ? LONG_CODE_PANELS : CODE_PANELS;
+    return min64(CODE_PANELS, ceil_div(f->panels, threads));
+}
+
+/* Cuts the batch into tiles, of which some, as is returned, run at a time, or one on all threads. */
 static int plan_forward(Forward *f, int threads)
 {
-    int64_t work = 0, widest = f->layers[0].in, longest = 0, code = 0;
-    int any_wide = 0, all_code = 1;
+    const int64_t L = f->kernels->lanes;
+    int64_t work = 0, widest = f->layers[0].in;
+    int any_tall = 0;
+    Codes c = {.all = 1};
     for (int j = 0; j < f->n; j++) {
         const Layer *l = &f->layers[j];
-        f->codes[j] = find_code(f->kernels, l, f->batch);
+        const Code *code = f->codes[j] = find_code(f->kernels, l, f->batch);
         const int gathers = f->batch == 1 && l->C == 1 && !is_tall(l);
         work += (gathers ? GATHERED : f->batch) * kept_weights(l);
         widest = max64(widest, l->out);
-        any_wide |= takes_panels(f, j);
-        all_code &= f->codes[j] != NULL;
-        code += f->codes[j] ? (int64_t)f->codes[j]->used : 0;
-        longest = max64(longest, f->codes[j] ? l->in : 0);
+        any_tall |= is_tall(l);
+        c.all &= code != NULL;
+        if (code)
+            c.bytes += (int64_t)code->used, c.longest = max64(c.longest, l->in);
     }
-    const int64_t L = f->kernels->lanes;
     threads = threads_now((int)max64(1, min64(threads, work / WORTH_A_THREAD)));
-    f->pad = !all_code;
-    const int few = f->batch <= 2 * TILE; /* rows: half a tile each, so that threads find some */
-    f->tile = any_wide ? (few ? WIDE_PANELS / 2 : WIDE_PANELS) * L
-                       : ceil_div(f->batch, ceil_div(f->batch, few ? TILE / 2 : TILE));
-    const int64_t bearable = min64(SHARED_CODE * f->batch / threads, HUGE_CODE);
-    const int shares = threads > 1 && code > bearable;
-    if (all_code || code > MUCH_CODE) {
-        int64_t panels = shares && longest > LONG ? LONG_CODE_PANELS : CODE_PANELS;
-        if (!shares)
-            panels = min64(panels, ceil_div(ceil_div(f->batch, L), threads));
-        f->tile = L * (all_code ? panels : ceil_div(panels, WIDE_PANELS) * WIDE_PANELS);
-    }
-    f->tile = min64(f->tile, f->batch);
-    const int across = shares || ceil_div(f->batch, f->tile) < threads ? 1 : threads;
+    c.shared = threads > 1 && c.bytes > min64(SHARED_CODE * f->batch / threads, HUGE_CODE);
+    /* a panel costs the same whether it is full or not; rows of tall blocks pay below 3/4 of one */
+    const int64_t least = f->batch == 1 ? L : any_tall ? L - L / 4 : 1;
+    f->panels = f->batch / L + (f->batch % L >= least);
+    f->unit = c.bytes > MUCH_CODE && !c.all ? WIDE_PANELS : 1;
+    f->units = ceil_div(f->panels, f->unit);
+    f->tiles = min64(f->units, ceil_div(f->panels, panels_of_tile(f, &c, threads)));
+    const int64_t tasks = f->tiles + (f->batch > f->panels * L);
+    const int across = c.shared || tasks < threads ? 1 : threads;
     f->threads = threads / across;
-    f->part = max64(panels_of(f->kernels, f->tile, f->pad) * (widest + 5) * L,
-                    f->tile * (widest + 16));
+    const int64_t panels = f->tiles ? ceil_div(f->units, f->tiles) * f->unit : 1;
+    f->part = panels * (widest + 5) * L;
     f->part = ceil_div(f->part, 16) * 16;
     return across;
 }
@@ -303,7 +301,7 @@ static int forward(const Kernels *k, const Layer *layers, int n, const float *x,
     f.scratch = allocate(across * 2 * f.part);
     if (!f.scratch)
         return -1;
-    parallel_for(across, ceil_div(batch, f.tile), forward_tile, &f);
+    parallel_for(across, f.tiles + (first_row(&f, f.tiles) < batch), forward_tile, &f);
     free(f.scratch);
     return 0;
 }

@@ -4,6 +4,7 @@
    TARGET   the attribute that selects it
    LANES    floats in a vector register
    ROWS     batch rows in a register tile of 16 outputs
+   WIDEST   outputs of a tile of panels
 
    Tall blocks (R a multiple of 8) read x as it comes: a register tile is batch rows x outputs, and
    a vector of weights meets broadcast inputs. Wide blocks (every other R) read x transposed: every
@@ -23,35 +24,29 @@ typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES), aligned(4), ma
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 
-/* Blocks begin .. end, of one block row. With each of them a tile asks for some lines of weights
+/* `width` outputs of block row i, whose weights are from r0 on in the blocks, for `rows` rows of the
+   batch: y = bias + x W^T, with ReLU if asked. Few rows are too few sums to hide the latency of an
+   addition: each is then taken in several chains. With each block it asks for some lines of weights
    that are multiplied later. */
-typedef struct {
-    int32_t begin, end;
-    const float *later;
-    int64_t lines;
-} NAME(Part);
-
-/* `width` outputs of a block row, whose weights are from r0 on in the blocks, for `rows` rows of the
-   batch: y = start + x W^T, with ReLU if asked. Few rows are too few sums to hide the latency of an
-   addition: each is then taken in several chains. */
-INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int64_t r0,
-                            NAME(Part) part, int relu, const float *start, int64_t ldstart,
-                            const float *x, int64_t ldx, float *y, int64_t ldy)
+INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int64_t i, int64_t r0,
+                            const float *later, int64_t lines, const float *bias, const float *x,
+                            int64_t ldx, float *y, int64_t ldy)
 {
     const int V = width / LANES, S = rows * V; /* sums, acc[chain * S + row * V + v] */
     const int chains = S >= 8 ? 1 : S >= 4 ? 2 : 4;
     const int64_t R = l->R, C = l->C;
+    const int32_t last = l->crow[i + 1];
     vec acc[4 * ROWS * 16 / LANES];
-    UNROLL for (int m = 0; m < rows; m++, start += ldstart)
-        UNROLL for (int v = 0; v < V; v++) acc[m * V + v] = LOAD(start + v * LANES);
+    UNROLL for (int m = 0; m < rows; m++)
+        UNROLL for (int v = 0; v < V; v++) acc[m * V + v] = LOAD(bias + v * LANES);
     UNROLL for (int a = S; a < chains * S; a++) acc[a] = (vec){0};
-    for (int32_t n = part.begin; n < part.end; n++) {
+    for (int32_t n = l->crow[i]; n < last; n++) {
         const int64_t k = l->col[n] * C, inside = min64(C, l->in - k);
-        const int64_t next = l->col[n + 1 < part.end ? n + 1 : n] * C;
+        const int64_t next = l->col[n + 1 < last ? n + 1 : n] * C;
         const float *w = l->values + n * C * R + r0, *p[ROWS * 16 / LANES];
         int64_t c = 0;
-        for (int64_t a = 0; a < part.lines; a++, part.later += LINE_FLOATS)
-            __builtin_prefetch(part.later, 0, 2);
+        for (int64_t a = 0; a < lines; a++, later += LINE_FLOATS)
+            __builtin_prefetch(later, 0, 2);
         UNROLL for (int m = 0; m < rows; m++) __builtin_prefetch(x + next + m * ldx);
         UNROLL for (int m = 0; m < rows; m += 3) {
             p[m / 3] = x + k + m * ldx;
@@ -71,72 +66,50 @@ INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int
     }
     UNROLL for (int j = 1; j < chains; j++)
         UNROLL for (int a = 0; a < S; a++) acc[a] += acc[j * S + a];
-    if (relu)
+    if (l->relu)
         UNROLL for (int a = 0; a < S; a++) acc[a] = RELU(acc[a]);
     UNROLL for (int m = 0; m < rows; m++, y += ldy)
         UNROLL for (int v = 0; v < V; v++) STORE(y + v * LANES, acc[m * V + v]);
 }
 
-/* from (rows, n) -> to */
-static void NAME(copy_rows)(const float *from, int64_t ldfrom, float *to, int64_t ldto,
-                            int64_t rows, int64_t n)
-{
-    for (int64_t m = 0; m < rows; m++)
-        memcpy(to + m * ldto, from + m * ldfrom, n * sizeof(float));
-}
-
-/* Block rows begin .. end of a layer of tall blocks: x (rows, in) -> y (rows, out). The blocks of a
-   block row stay in the first cache while the rows pass, and a range of x in the second. */
-INLINE void NAME(tall_rows)(const int width, const Layer *l, int64_t begin, int64_t end,
-                            const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows)
+/* Block rows i .. end of a layer of tall blocks: x (rows, in) -> y (rows, out). The blocks of a block
+   row stay in the first cache while the rows pass. */
+INLINE void NAME(tall_rows)(const int width, const Layer *l, int64_t i, int64_t end, const float *x,
+                            int64_t ldx, float *y, int64_t ldy, int64_t rows)
 {
     static const float no_bias[16];
     const int most = ROWS * 16 / width;
-    const int64_t groups = ceil_div(rows, most), ranges = ceil_div(rows * l->in, CACHED);
-    const int64_t range = ceil_div(ceil_div(l->in, ranges), l->C); /* block columns */
-    /* The processor foresees weights that are read once, in order. Where rows pass several times
-       over a block row, each pass asks for its share of the next one. */
-    const int64_t passes = groups * (l->R / width), block = l->R * l->C;
-    const int64_t lines = passes > 1 ? ceil_div(block, LINE_FLOATS * passes) : 0;
-    float edge[ROWS * 16] = {0}, edge_bias[16] = {0}; /* of outputs that fill no vector */
-    for (int64_t t = 0; t < ranges; t++)
-        for (int64_t i = begin; i < end; i++) {
-            const int first = t == 0, last = t == ranges - 1;
-            NAME(Part) part = {.begin = first_from(l, i, t * range),
-                               .end = last ? l->crow[i + 1] : first_from(l, i, (t + 1) * range),
-                               .lines = lines};
-            const int32_t next = part.begin + l->crow[i + 1] - l->crow[i]; /* or near it */
-            part.later = l->values + next * block;
-            for (int64_t r0 = 0; r0 < l->R && i * l->R + r0 < l->out; r0 += width) {
-                const int64_t o = i * l->R + r0, left = l->out - o;
-                const float *bias = l->bias ? l->bias + o : no_bias;
-                if (left < width)
-                    bias = memcpy(edge_bias, bias, left * sizeof(float));
-                for (int64_t g = 0; g < groups; g++) {
-                    const int64_t m = rows * g / groups, size = rows * (g + 1) / groups - m;
-                    const float *xm = x + m * ldx;
-                    float *const ym = y + m * ldy + o, *to = left < width ? edge : ym;
-                    const int64_t ldto = left < width ? width : ldy;
-                    if (left < width && !first)
-                        NAME(copy_rows)(ym, ldy, edge, width, size, left);
-                    const float *start = first ? bias : to;
+    const int64_t groups = ceil_div(rows, most), block = l->R * l->C;
+    const int64_t lines = lines_to_ask_for(l, groups * (l->R / width));
+    float edge[ROWS * 16], edge_bias[16] = {0}; /* of outputs that fill no vector */
+    for (; i < end; i++) {
+        const float *later = l->values + l->crow[i + 1] * block;
+        for (int64_t r0 = 0; r0 < l->R && i * l->R + r0 < l->out; r0 += width) {
+            const int64_t o = i * l->R + r0, left = min64(width, l->out - o);
+            const float *bias = l->bias ? l->bias + o : no_bias;
+            if (left < width)
+                bias = memcpy(edge_bias, bias, left * sizeof(float));
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t m = rows * g / groups, size = rows * (g + 1) / groups - m;
+                float *const ym = y + m * ldy + o, *const to = left < width ? edge : ym;
+                const int64_t ldto = left < width ? width : ldy;
 #define TILE(n)                                                                                    \
     case n:                                                                                        \
         if (n <= most)                                                                             \
-            NAME(tall_tile)(n <= most ? n : 1, width, l, r0, part, last && l->relu, start,         \
-                            first ? 0 : ldto, xm, ldx, to, ldto);                                  \
+            NAME(tall_tile)(n <= most ? n : 1, width, l, i, r0, later, lines, bias, x + m * ldx,   \
+                            ldx, to, ldto);                                                        \
         break;
-                    switch (size) {
-                        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9)
-                        TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
-                    }
-#undef TILE
-                    part.later += (part.end - part.begin) * lines * LINE_FLOATS;
-                    if (left < width)
-                        NAME(copy_rows)(edge, width, ym, ldy, size, left);
+                switch (size) {
+                    TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9)
+                    TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
                 }
+#undef TILE
+                later += (l->crow[i + 1] - l->crow[i]) * lines * LINE_FLOATS;
+                for (int64_t a = 0; left < width && a < size; a++)
+                    memcpy(ym + a * ldy, edge + a * width, left * sizeof(float));
             }
         }
+    }
 }
 
 static TARGET void NAME(tall16)(const Layer *l, int64_t begin, int64_t end, const float *x,
@@ -153,57 +126,136 @@ static TARGET void NAME(tall8)(const Layer *l, int64_t begin, int64_t end, const
 }
 #endif
 
-/* Outputs begin .. end for nv panels: x (in, LANES) and y (out, LANES), ldx and ldy floats from
-   panel to panel. The sum of an output is taken in several chains, to hide the latency of an
-   addition. */
-INLINE void NAME(wide_rows)(const int nv, const Layer *l, int64_t begin, int64_t end,
-                            const float *x, int64_t ldx, float *y, int64_t ldy)
+/* The inputs begin .. end of a layer, in block columns, that are added to panels: x (panels, in,
+   LANES) and y (panels, out, LANES), ldx and ldy floats from panel to panel. */
+typedef struct {
+    const Layer *layer;
+    int64_t begin, end;
+    const float *x;
+    float *y;
+    int64_t ldx, ldy;
+    int64_t lines, pass; /* of later weights to ask for with a block; passes before this one */
+} NAME(Panels);
+
+/* `width` outputs, whose weights are from r0 on in the blocks, of each of the block rows i .. last,
+   for nv panels from p on. Few sums are each taken in several chains. */
+INLINE void NAME(panel_tile)(const int width, const int nv, const int64_t R, const NAME(Panels) *s,
+                             int64_t i, int64_t last, int64_t r0, int64_t p)
 {
-    const int chains = 8 / nv;
-    const int64_t R = l->R, C = l->C;
-    for (int64_t o = begin; o < end; o++) {
-        const int64_t i = o / R, r = o % R, last = l->crow[i + 1];
-        vec acc[8];
-        UNROLL for (int a = 0; a < 8; a++) acc[a] = (vec){0};
-        int64_t n = l->crow[i];
-#define ADD(j, weight, input)                                                                      \
-    UNROLL for (int v = 0; v < nv; v++)                                                            \
-        acc[(j) * nv + v] += (weight) * LOAD(x + (input) * LANES + v * ldx);
+    const int S = width * nv; /* sums, acc[chain * S + output * nv + v] */
+    const int chains = S >= 8 ? 1 : 8 / S;
+    const Layer *l = s->layer;
+    const int64_t C = l->C, ldx = s->ldx, ldy = s->ldy;
+    const int starts = s->begin == 0, ends = s->end * C >= l->in;
+    const float *x = s->x + p * ldx;
+    for (; i < last; i++) {
+        const int64_t first = i * R + r0;
+        float *y = s->y + first * LANES + p * ldy;
+        int64_t n = starts ? l->crow[i] : first_from(l, i, s->begin);
+        const int64_t after = ends ? l->crow[i + 1] : first_from(l, i, s->end);
+        const float *w = l->values + n * C * R + r0;
+        const float *later = l->values + after * C * R + s->pass * (after - n) * s->lines * LINE_FLOATS;
+        vec acc[16];
+        UNROLL for (int o = 0; o < width; o++)
+            UNROLL for (int v = 0; v < nv; v++)
+                if (starts)
+                    acc[o * nv + v] = (vec){0} + (l->bias ? l->bias[first + o] : 0);
+                else
+                    acc[o * nv + v] = LOAD(y + o * LANES + v * ldy);
+        UNROLL for (int a = S; a < chains * S; a++) acc[a] = (vec){0};
+#define ADD(j, input)                                                                              \
+    {                                                                                              \
+        vec in[4];                                                                                 \
+        UNROLL for (int v = 0; v < nv; v++) in[v] = LOAD(x + (input) * LANES + v * ldx);           \
+        UNROLL for (int o = 0; o < width; o++)                                                     \
+            UNROLL for (int v = 0; v < nv; v++) acc[(j) * S + o * nv + v] += w[o] * in[v];         \
+        w += R;                                                                                    \
+    }
         if (C == 1) {
-            for (; n + chains <= last; n += chains)
-                UNROLL for (int j = 0; j < chains; j++)
-                    ADD(j, l->values[(n + j) * R + r], l->col[n + j])
-            for (; n < last; n++)
-                ADD(0, l->values[n * R + r], l->col[n])
-        } else {
-            for (; n < last; n++) {
-                const int64_t k = l->col[n] * C, inside = min64(C, l->in - k);
-                const float *w = l->values + n * C * R + r;
-                int64_t c = 0;
-                for (; c + chains <= inside; c += chains)
-                    UNROLL for (int j = 0; j < chains; j++) ADD(j, w[(c + j) * R], k + c + j)
-                for (; c < inside; c++)
-                    ADD(0, w[c * R], k + c)
-            }
+            for (; n + chains <= after; n += chains)
+                UNROLL for (int j = 0; j < chains; j++) ADD(j, (int64_t)l->col[n + j])
+            for (; chains > 1 && n < after; n++)
+                ADD(0, (int64_t)l->col[n])
+        }
+        for (; n < after; n++) {
+            const int64_t k = l->col[n] * C, inside = min64(C, l->in - k);
+            int64_t c = 0;
+            for (int64_t a = 0; a < s->lines; a++, later += LINE_FLOATS)
+                __builtin_prefetch(later);
+            for (; c + chains <= inside; c += chains)
+                UNROLL for (int j = 0; j < chains; j++) ADD(j, k + c + j)
+            for (; chains > 1 && c < inside; c++)
+                ADD(0, k + c)
+            w += (C - inside) * R;
         }
 #undef ADD
-        UNROLL for (int v = 0; v < nv; v++) {
-            vec sum = acc[v];
-            UNROLL for (int j = 1; j < chains; j++) sum += acc[j * nv + v];
-            if (l->bias)
-                sum += l->bias[o];
-            STORE(y + o * LANES + v * ldy, l->relu ? RELU(sum) : sum);
-        }
+        UNROLL for (int j = 1; j < chains; j++)
+            UNROLL for (int a = 0; a < S; a++) acc[a] += acc[j * S + a];
+        if (ends && l->relu)
+            UNROLL for (int a = 0; a < S; a++) acc[a] = RELU(acc[a]);
+        UNROLL for (int o = 0; o < width; o++)
+            UNROLL for (int v = 0; v < nv; v++) STORE(y + o * LANES + v * ldy, acc[o * nv + v]);
     }
 }
 
-static TARGET void NAME(wide)(const Layer *l, int64_t begin, int64_t end, const float *x,
-                              int64_t ldx, float *y, int64_t ldy, int64_t panels)
+#define TILE(width, nv)                                                                            \
+    static TARGET void NAME(panel_tile_##width##_##nv)(const NAME(Panels) *s, int64_t i,           \
+                                                       int64_t last, int64_t r0, int64_t p)        \
+    {                                                                                              \
+        if (width == 1 && s->layer->R == 1) /* known to the compiler, it counts in no sum */       \
+            NAME(panel_tile)(1, nv, 1, s, i, last, r0, p);                                         \
+        else                                                                                       \
+            NAME(panel_tile)(width, nv, s->layer->R, s, i, last, r0, p);                           \
+    }
+TILE(1, 1)
+TILE(1, 2)
+TILE(1, 4)
+TILE(2, 1)
+TILE(2, 2)
+TILE(2, 4)
+TILE(4, 1)
+TILE(4, 2)
+#if WIDEST == 8
+TILE(4, 4)
+TILE(8, 1)
+TILE(8, 2)
+#endif
+#undef TILE
+
+/* Block rows i .. last for any panels. The weights of a tile stay in the first cache while the
+   panels pass, and a range of x in the second. */
+static TARGET void NAME(wide)(const Layer *l, int64_t i, int64_t last, const float *x, int64_t ldx,
+                              float *y, int64_t ldy, int64_t panels)
 {
-    switch (panels) {
-    case 1: NAME(wide_rows)(1, l, begin, end, x, ldx, y, ldy); break;
-    case 2: NAME(wide_rows)(2, l, begin, end, x, ldx, y, ldy); break;
-    default: NAME(wide_rows)(4, l, begin, end, x, ldx, y, ldy);
+    typedef void (*Tile)(const NAME(Panels) *, int64_t, int64_t, int64_t, int64_t);
+    static const Tile tiles[WIDEST + 1][5] = { /* by outputs and panels */
+        [1][1] = NAME(panel_tile_1_1), [1][2] = NAME(panel_tile_1_2), [1][4] = NAME(panel_tile_1_4),
+        [2][1] = NAME(panel_tile_2_1), [2][2] = NAME(panel_tile_2_2), [2][4] = NAME(panel_tile_2_4),
+        [4][1] = NAME(panel_tile_4_1), [4][2] = NAME(panel_tile_4_2),
+#if WIDEST == 8
+        [4][4] = NAME(panel_tile_4_4), [8][1] = NAME(panel_tile_8_1), [8][2] = NAME(panel_tile_8_2),
+#endif
+    };
+    const int64_t columns = ceil_div(l->in, l->C);
+    const int64_t range = ceil_div(columns, ceil_div(panels * LANES * l->in, CACHED));
+    NAME(Panels) s = {.layer = l, .x = x, .y = y, .ldx = ldx, .ldy = ldy};
+    for (s.begin = 0; s.begin < columns; s.begin = s.end) {
+        s.end = s.begin + range;
+        /* all block rows of one output in one go */
+        for (int64_t next = i, begin; (begin = next) < last;) {
+            next = l->R == 1 ? last : begin + 1;
+            const int64_t outputs = min64(l->R, l->out - begin * l->R);
+            s.lines = lines_to_ask_for(l, ceil_div(outputs, WIDEST) * ceil_div(panels, 2));
+            s.pass = 0;
+            for (int64_t r0 = 0, width; r0 < outputs; r0 += width) {
+                width = largest_power(outputs - r0, WIDEST);
+                for (int64_t p = 0, nv; p < panels; p += nv) {
+                    nv = largest_power(panels - p, width < WIDEST ? 4 : 2);
+                    tiles[width][nv](&s, begin, next, r0, p);
+                    s.pass++;
+                }
+            }
+        }
     }
 }
 
@@ -308,6 +360,24 @@ INLINE void NAME(transpose_block)(vec *v)
 #undef SWAP
 }
 
+/* from (m, n) -> to (n, m), at most LANES each, with zeros from m to padded */
+static TARGET void NAME(transpose_edge)(const float *from, int64_t ldfrom, int64_t m, int64_t n,
+                                        float *to, int64_t ldto, int64_t padded)
+{
+    vec v[LANES] = {0};
+    for (int64_t i = 0; i < m; i++, from += ldfrom)
+        if (n == LANES)
+            v[i] = LOAD(from);
+        else
+            memcpy(&v[i], from, n * sizeof(float));
+    NAME(transpose_block)(v);
+    for (int64_t j = 0; j < n; j++, to += ldto)
+        if (padded == LANES)
+            STORE(to, v[j]);
+        else
+            memcpy(to, &v[j], padded * sizeof(float));
+}
+
 /* from (m, n) -> to (n, m), with zeros from m to padded. It asks for the lines it comes to next: a
    batch that is not in cache arrives here. */
 static TARGET void NAME(transpose)(const float *from, int64_t ldfrom, int64_t m, int64_t n,
@@ -316,24 +386,20 @@ static TARGET void NAME(transpose)(const float *from, int64_t ldfrom, int64_t m,
     enum { AHEAD = 64 };
     for (int64_t i = 0; i < padded; i += LANES)
         for (int64_t j = 0; j < n; j += LANES) {
-            const int64_t in = min64(LANES, n - j), out = min64(LANES, padded - i);
+            const float *block = from + i * ldfrom + j;
+            float *transposed = to + j * ldto + i;
             vec v[LANES];
-            if (in == LANES && i + LANES <= m)
-                UNROLL for (int a = 0; a < LANES; a++) {
-                    v[a] = LOAD(from + (i + a) * ldfrom + j);
-                    __builtin_prefetch(from + (i + a) * ldfrom + j + AHEAD);
-                }
-            else
-                for (int a = 0; a < LANES; a++) {
-                    v[a] = (vec){0};
-                    if (i + a < m)
-                        memcpy(&v[a], from + (i + a) * ldfrom + j, in * sizeof(float));
-                }
+            if (i + LANES > m || j + LANES > n) {
+                NAME(transpose_edge)(block, ldfrom, max64(0, min64(LANES, m - i)),
+                                     min64(LANES, n - j), transposed, ldto,
+                                     min64(LANES, padded - i));
+                continue;
+            }
+            UNROLL for (int a = 0; a < LANES; a++) {
+                v[a] = LOAD(block + a * ldfrom);
+                __builtin_prefetch(block + a * ldfrom + AHEAD);
+            }
             NAME(transpose_block)(v);
-            if (in == LANES && out == LANES)
-                UNROLL for (int a = 0; a < LANES; a++) STORE(to + (j + a) * ldto + i, v[a]);
-            else
-                for (int a = 0; a < in; a++)
-                    memcpy(to + (j + a) * ldto + i, &v[a], out * sizeof(float));
+            UNROLL for (int a = 0; a < LANES; a++) STORE(transposed + a * ldto, v[a]);
         }
 }

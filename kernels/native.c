@@ -24,8 +24,10 @@
 #define LANES 4
 #ifdef __x86_64__
 #define ROWS 2
+#define WIDEST 4
 #else
 #define ROWS 6
+#define WIDEST 8
 #endif
 #include "linear_cpu.c"
 #include "sddmm_cpu.c"
@@ -38,6 +40,7 @@ static const Kernels kernels_baseline = TABLE(baseline, baseline);
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
 #define ROWS 6
+#define WIDEST 4
 #include "linear_cpu.c"
 #include "sddmm_cpu.c"
 #include "conv_cpu.c"
@@ -48,6 +51,7 @@ static const Kernels kernels_avx2 = TABLE(avx2, avx2);
 #define TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
 #define LANES 16
 #define ROWS 14
+#define WIDEST 8
 #include "linear_cpu.c"
 #include "sddmm_cpu.c"
 #include "conv_cpu.c"

@@ -44,6 +44,14 @@ typedef struct {
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+/* The largest of 1, 2, 4 .. most that is not above n. */
+static inline int64_t largest_power(int64_t n, int64_t most)
+{
+    while (most > n)
+        most /= 2;
+    return most;
+}
+
 static inline int64_t block_rows(const Layer *l) { return ceil_div(l->out, l->R); }
 
 /* The first block of block row i with a column from `column` on. */
@@ -58,6 +66,13 @@ static inline int32_t first_from(const Layer *l, int64_t i, int64_t column)
             high = middle;
     }
     return low;
+}
+
+/* The processor foresees weights that are read once, in order. Where a block row is passed over
+   several times, each pass asks for its share of the next one: so many lines with each block. */
+static inline int64_t lines_to_ask_for(const Layer *l, int64_t passes)
+{
+    return l->R > 1 && passes > 1 ? ceil_div(l->R * l->C, LINE_FLOATS * passes) : 0;
 }
 
 static inline int64_t kept_weights(const Layer *l) { return l->crow[block_rows(l)] * l->C * l->R; }

@@ -3,6 +3,7 @@
 #undef TARGET
 #undef LANES
 #undef ROWS
+#undef WIDEST
 #undef vec
 #undef ivec
 #undef LOAD
