@@ -280,11 +280,12 @@ static TARGET void NAME(measure)(const float *x, int64_t ldx, int64_t rows, int6
     NAME(steps)(mosts, leasts, lanes, scaling);
 }
 
-/* Numbers of int8, each in a word. */
+/* Numbers of int8, each in a word, of which no bit beyond is set: there the next row's may be. Steps
+   are at least 0, but of a number that is not finite anything. */
 INLINE words NAME(stepped)(floats v, floats inverse, floats shift)
 {
-    const ints steps = __builtin_convertvector(v * inverse + shift, ints); /* at least 0 */
-    return (words)((steps & (steps < 256)) | (255 & ~(steps < 256)));
+    const ints steps = __builtin_convertvector(v * inverse + shift, ints);
+    return (words)((steps | ~(steps < 256)) & 255);
 }
 
 static TARGET void NAME(quantize)(const float *x, int64_t ldx, int64_t rows, int64_t in,

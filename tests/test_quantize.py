@@ -173,17 +173,18 @@ def test_threads_agree_bit_for_bit():
     assert all(torch.equal(y, results[0]) for y in results)
 
 
-@needs_native
+@pytest.mark.parametrize("row", [0, 5, 41, 69])  # rows of a tile share words
+@pytest.mark.parametrize("name", linear_int8.INSTRUCTION_SETS)
 @pytest.mark.parametrize("blocks", CHAINS.values(), ids=CHAINS)
-def test_a_row_that_is_not_finite_stays_so_through_a_chain_and_alone(blocks):
+def test_a_row_that_is_not_finite_stays_so_through_a_chain_and_alone(blocks, name, row):
     model, x = stack(blocks), torch.randn(70, 75)
-    with torch.inference_mode():
+    with use_backend("native", name), torch.inference_mode():
         fine = model(x)
         for bad in (float("nan"), float("inf"), -float("inf")):
-            x[41, 7] = bad
+            x[row, 7] = bad
             y = model(x)
-            assert y[41].isnan().all()
-            others = torch.arange(70) != 41
+            assert y[row].isnan().all()
+            others = torch.arange(70) != row
             assert torch.equal(y[others], fine[others])
 
 
