@@ -280,7 +280,7 @@ static TARGET void NAME(measure)(const float *x, int64_t ldx, int64_t rows, int6
     NAME(steps)(mosts, leasts, lanes, scaling);
 }
 
-/* Numbers of int8, each in a word, of which no bit beyond is set: there the next row's may be. Steps
+/* Numbers of int8, each in a word, in which no other bit is set: those may be another row's. Steps
    are at least 0, but of a number that is not finite anything. */
 INLINE words NAME(stepped)(floats v, floats inverse, floats shift)
 {
