@@ -269,9 +269,11 @@ def _prepare(layer: ChainLayer) -> tuple[tuple, tuple[int, ...]]:
     values, pattern, bias, in_features, out_features, activation, scales = layer
     if activation not in ("none", "relu"):
         raise ValueError(f"expected activation 'none' or 'relu', got {activation!r}")
+    if (values.dtype == torch.int8) != (scales is not None):
+        raise ValueError(f"expected scales of int8 values and no others, got {values.dtype}")
     if values.dtype == torch.int8:
-        if devices := {t.device for t in (values, scales) if not t.is_cpu}:
-            raise ValueError(f"expected an int8 weight on the CPU, got {devices}")
+        if devices := {t.device for t in (values, scales, bias) if t is not None and not t.is_cpu}:
+            raise ValueError(f"expected an int8 layer on the CPU, got {devices}")
         values, scales = held(values), held(scales.float())
         bias = None if bias is None else held(bias.float())
     else:

@@ -215,6 +215,29 @@ def test_a_change_after_the_first_call_is_seen(change):
         assert not torch.equal(model[2](x[:, :16]), before[1])
 
 
+WRONG = {
+    "values of another type": lambda m: setattr(m, "weight_values", m.weight_values.float()),
+    "no scales": lambda m: setattr(m, "weight_scales", None),
+    "a bias of another device": lambda m: setattr(m, "bias", m.bias.to("meta")),
+    "a short bias": lambda m: setattr(m, "bias", m.bias[:-1]),
+    "few scales": lambda m: setattr(m, "weight_scales", m.weight_scales[:-1]),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("warm", [False, True])
+def test_tensors_that_do_not_fit_are_refused(what, warm):
+    model, x = quantized_network(), torch.randn(5, 70)
+    with torch.no_grad():
+        if warm:
+            model(x), model[0](x)
+        WRONG[what](model[0])
+        for call in (model, model[0]):
+            with pytest.raises(ValueError, match="expected"):
+                call(x)
+
+
 def test_int8_next_to_float32_and_in_bfloat16():
     model, x = network((1, 1)), torch.randn(5, 70)
     quantize_(model)
