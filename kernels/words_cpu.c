@@ -467,8 +467,10 @@ static TARGET void NAME(finish_rows)(const WordLayer *l, int64_t first, const SU
         floats v = sums[m] + bias;
         v = l->relu ? RELU(v) : v;
         const words bits = NAME(rounded)(v) >> 16;
-        const NAME(numbers) numbers = __builtin_convertvector(bits, NAME(numbers));
-        memcpy(y + 2 * first, &numbers, left * 2);
+        NAME(numbers) numbers = __builtin_convertvector(bits, NAME(numbers));
+        if (left % 2) /* the next layer reads whole words, with a weight of 0, which NaN survives */
+            numbers[left] = 0;
+        memcpy(y + 2 * first, &numbers, (left + left % 2) * 2);
 #else
         floats v = __builtin_convertvector(sums[m] - totals * scaling->zeros[m], floats) *
                        (scales * scaling->scales[m]) + bias;
