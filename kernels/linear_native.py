@@ -1,7 +1,6 @@
 """The block-sparse linear layer on native CPU kernels, for float32, where they were built, and
 chains of layers in one type."""
 
-import weakref
 from contextvars import ContextVar
 from functools import partial
 from importlib import import_module
@@ -82,8 +81,7 @@ class Program:
         """sizes: R, C, in_features, out_features; slots: of a transposed pattern"""
         addresses = crow.data_ptr(), col.data_ptr(), 0 if slots is None else slots.data_ptr()
         self.tensors = crow, col, slots  # alive while C may read them
-        self.address = _native.new_program(*addresses, *sizes)
-        weakref.finalize(self, _native.free_program, self.address)
+        self.address = _native.new_program(*addresses, *sizes)  # freed with its capsule
 
 
 def program(pattern: Pattern, C: int, R: int, in_features: int, out_features: int) -> Program:
@@ -119,8 +117,7 @@ class Int8Layer:
         ValueError where a sum might not fit 32 bits"""
         addresses = (0 if t is None else t.data_ptr() for t in tensors)
         self.tensors = tensors  # alive while C may read them
-        self.address = _native.new_int8_layer(*addresses, *numbers)
-        weakref.finalize(self, _native.free_int8_layer, self.address)
+        self.address = _native.new_int8_layer(*addresses, *numbers)  # freed with its capsule
 
 
 def rows(x: Tensor) -> Tensor:
@@ -272,9 +269,11 @@ def _prepare(layer: ChainLayer) -> tuple[tuple, tuple[int, ...]]:
     values, pattern, bias, in_features, out_features, activation, scales = layer
     if activation not in ("none", "relu"):
         raise ValueError(f"expected activation 'none' or 'relu', got {activation!r}")
+    if (values.dtype == torch.int8) != (scales is not None):
+        raise ValueError(f"expected scales of int8 values and no others, got {values.dtype}")
     if values.dtype == torch.int8:
-        if devices := {t.device for t in (values, scales) if not t.is_cpu}:
-            raise ValueError(f"expected an int8 weight on the CPU, got {devices}")
+        if devices := {t.device for t in (values, scales, bias) if t is not None and not t.is_cpu}:
+            raise ValueError(f"expected an int8 layer on the CPU, got {devices}")
         values, scales = held(values), held(scales.float())
         bias = None if bias is None else held(bias.float())
     else:

@@ -98,7 +98,7 @@ static void find_usable(void)
 #include "words_sets.c"
 #include "words.c"
 
-/* Reads exactly n ints; 0, or -1 with an exception set. */
+/* Reads exactly n ints, or the addresses in capsules; 0, or -1 with an exception set. */
 static int ints(PyObject *const *args, Py_ssize_t nargs, Py_ssize_t n, long long *to)
 {
     if (nargs != n) {
@@ -106,7 +106,8 @@ static int ints(PyObject *const *args, Py_ssize_t nargs, Py_ssize_t n, long long
         return -1;
     }
     for (Py_ssize_t i = 0; i < n; i++)
-        to[i] = PyLong_AsLongLong(args[i]);
+        to[i] = PyCapsule_CheckExact(args[i]) ? (intptr_t)PyCapsule_GetPointer(args[i], NULL)
+                                              : PyLong_AsLongLong(args[i]);
     return PyErr_Occurred() ? -1 : 0;
 }
 
@@ -194,8 +195,13 @@ static PyObject *none_or_no_memory(int failed)
     Py_RETURN_NONE;
 }
 
-/* new_program(crow, col, slots, R, C, in, out): the address of a Program, to be given to
-   free_program; slots: 0, or of a transposed pattern. What the addresses name must outlive it. */
+static void free_program_of(PyObject *capsule)
+{
+    free_program(PyCapsule_GetPointer(capsule, NULL));
+}
+
+/* new_program(crow, col, slots, R, C, in, out): a Program in a capsule, which frees it; slots: 0,
+   or of a transposed pattern. What the addresses name must outlive it. */
 static PyObject *py_new_program(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     enum { CROW, COL, SLOTS, R, C, IN, OUT, ARGUMENTS };
@@ -212,18 +218,7 @@ static PyObject *py_new_program(PyObject *self, PyObject *const *args, Py_ssize_
         return PyErr_NoMemory();
     *p = (Program){.crow = crow, .col = col, .slots = (int32_t *)a[SLOTS], .R = a[R], .C = a[C],
                    .in = a[IN], .out = a[OUT]};
-    return PyLong_FromVoidPtr(p);
-}
-
-/* free_program(address) */
-static PyObject *py_free_program(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    long long address;
-    (void)self;
-    if (ints(args, nargs, 1, &address) || check_given("program", (void *)address))
-        return NULL;
-    free_program((Program *)address);
-    Py_RETURN_NONE;
+    return PyCapsule_New(p, NULL, free_program_of);
 }
 
 /* 0, or -1 with a ValueError set unless the program was made for such a layer; it may be NULL */
@@ -340,7 +335,6 @@ static PyObject *py_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t narg
 
 static PyMethodDef methods[] = {
     {"new_program", (PyCFunction)(void (*)(void))py_new_program, METH_FASTCALL, NULL},
-    {"free_program", (PyCFunction)(void (*)(void))py_free_program, METH_FASTCALL, NULL},
     {"forward", (PyCFunction)(void (*)(void))py_forward, METH_FASTCALL, NULL},
     {"grad_input", (PyCFunction)(void (*)(void))py_grad_input, METH_FASTCALL, NULL},
     {"sddmm", (PyCFunction)(void (*)(void))py_sddmm, METH_FASTCALL, NULL},
@@ -349,7 +343,6 @@ static PyMethodDef methods[] = {
     {"conv_grad_weight", (PyCFunction)(void (*)(void))py_conv_grad_weight, METH_FASTCALL, NULL},
     {"bf16_forward", (PyCFunction)(void (*)(void))py_bf16_forward, METH_FASTCALL, NULL},
     {"new_int8_layer", (PyCFunction)(void (*)(void))py_new_int8_layer, METH_FASTCALL, NULL},
-    {"free_int8_layer", (PyCFunction)(void (*)(void))py_free_int8_layer, METH_FASTCALL, NULL},
     {"int8_forward", (PyCFunction)(void (*)(void))py_int8_forward, METH_FASTCALL, NULL},
     {"bf16_sddmm", (PyCFunction)(void (*)(void))py_bf16_sddmm, METH_FASTCALL, NULL},
     {"use_dlpack", py_use_dlpack, METH_O, NULL},

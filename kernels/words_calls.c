@@ -96,8 +96,16 @@ static PyObject *py_bf16_sddmm(PyObject *self, PyObject *const *args, Py_ssize_t
     return none_or_no_memory(failed);
 }
 
-/* new_int8_layer(values, scales, bias, crow, col, R, C, in, out, relu): the address of a layer, to
-   be given to free_int8_layer
+static void free_int8_layer_of(PyObject *capsule)
+{
+    WordLayer *l = PyCapsule_GetPointer(capsule, NULL);
+    free((void *)l->totals);
+    free(l->memory);
+    free(l);
+}
+
+/* new_int8_layer(values, scales, bias, crow, col, R, C, in, out, relu): a layer in a capsule, which
+   frees it
    values (nnz, C, R): int8, of which a 1 stands for scales[o]; scales, bias (or null): (out,)
    floats. What the addresses name must outlive it, and is not to change: the weight is packed. */
 static PyObject *py_new_int8_layer(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
@@ -129,25 +137,11 @@ static PyObject *py_new_int8_layer(PyObject *self, PyObject *const *args, Py_ssi
     add_weights(&layer, totals);
     layer.totals = totals;
     *made = layer;
-    return PyLong_FromVoidPtr(made);
-}
-
-/* free_int8_layer(address) */
-static PyObject *py_free_int8_layer(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    long long address;
-    (void)self;
-    if (ints(args, nargs, 1, &address) || check_given("layer", (void *)address))
-        return NULL;
-    WordLayer *l = (WordLayer *)address;
-    free((void *)l->totals);
-    free(l->memory);
-    free(l);
-    Py_RETURN_NONE;
+    return PyCapsule_New(made, NULL, free_int8_layer_of);
 }
 
 /* int8_forward(instruction_set, threads, x, ldx, y, batch, *layers)
-   layers: addresses from new_int8_layer; x (batch, in) and y (batch, out of the last), which is
+   layers: from new_int8_layer; x (batch, in) and y (batch, out of the last), which is
    written: floats */
 static PyObject *py_int8_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {

@@ -280,11 +280,12 @@ static TARGET void NAME(measure)(const float *x, int64_t ldx, int64_t rows, int6
     NAME(steps)(mosts, leasts, lanes, scaling);
 }
 
-/* Numbers of int8, each in a word. */
+/* Numbers of int8, each in a word, in which no other bit is set: those may be another row's. Steps
+   are at least 0, but of a number that is not finite anything. */
 INLINE words NAME(stepped)(floats v, floats inverse, floats shift)
 {
-    const ints steps = __builtin_convertvector(v * inverse + shift, ints); /* at least 0 */
-    return (words)((steps & (steps < 256)) | (255 & ~(steps < 256)));
+    const ints steps = __builtin_convertvector(v * inverse + shift, ints);
+    return (words)((steps | ~(steps < 256)) & 255);
 }
 
 static TARGET void NAME(quantize)(const float *x, int64_t ldx, int64_t rows, int64_t in,
@@ -466,8 +467,10 @@ static TARGET void NAME(finish_rows)(const WordLayer *l, int64_t first, const SU
         floats v = sums[m] + bias;
         v = l->relu ? RELU(v) : v;
         const words bits = NAME(rounded)(v) >> 16;
-        const NAME(numbers) numbers = __builtin_convertvector(bits, NAME(numbers));
-        memcpy(y + 2 * first, &numbers, left * 2);
+        NAME(numbers) numbers = __builtin_convertvector(bits, NAME(numbers));
+        if (left % 2) /* the next layer reads whole words, with a weight of 0, which NaN survives */
+            numbers[left] = 0;
+        memcpy(y + 2 * first, &numbers, (left + left % 2) * 2);
 #else
         floats v = __builtin_convertvector(sums[m] - totals * scaling->zeros[m], floats) *
                        (scales * scaling->scales[m]) + bias;

@@ -173,17 +173,18 @@ def test_threads_agree_bit_for_bit():
     assert all(torch.equal(y, results[0]) for y in results)
 
 
-@needs_native
+@pytest.mark.parametrize("row", [0, 5, 41, 69])  # rows of a tile share words
+@pytest.mark.parametrize("name", linear_int8.INSTRUCTION_SETS)
 @pytest.mark.parametrize("blocks", CHAINS.values(), ids=CHAINS)
-def test_a_row_that_is_not_finite_stays_so_through_a_chain_and_alone(blocks):
+def test_a_row_that_is_not_finite_stays_so_through_a_chain_and_alone(blocks, name, row):
     model, x = stack(blocks), torch.randn(70, 75)
-    with torch.inference_mode():
+    with use_backend("native", name), torch.inference_mode():
         fine = model(x)
         for bad in (float("nan"), float("inf"), -float("inf")):
-            x[41, 7] = bad
+            x[row, 7] = bad
             y = model(x)
-            assert y[41].isnan().all()
-            others = torch.arange(70) != 41
+            assert y[row].isnan().all()
+            others = torch.arange(70) != row
             assert torch.equal(y[others], fine[others])
 
 
@@ -212,6 +213,29 @@ def test_a_change_after_the_first_call_is_seen(change):
         torch.testing.assert_close(after, expected)
         assert not torch.equal(after, before[0])
         assert not torch.equal(model[2](x[:, :16]), before[1])
+
+
+WRONG = {
+    "values of another type": lambda m: setattr(m, "weight_values", m.weight_values.float()),
+    "no scales": lambda m: setattr(m, "weight_scales", None),
+    "a bias of another device": lambda m: setattr(m, "bias", m.bias.to("meta")),
+    "a short bias": lambda m: setattr(m, "bias", m.bias[:-1]),
+    "few scales": lambda m: setattr(m, "weight_scales", m.weight_scales[:-1]),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("warm", [False, True])
+def test_tensors_that_do_not_fit_are_refused(what, warm):
+    model, x = quantized_network(), torch.randn(5, 70)
+    with torch.no_grad():
+        if warm:
+            model(x), model[0](x)
+        WRONG[what](model[0])
+        for call in (model, model[0]):
+            with pytest.raises(ValueError, match="expected"):
+                call(x)
 
 
 def test_int8_next_to_float32_and_in_bfloat16():

@@ -1,8 +1,10 @@
 """No sequence of calls lets a kernel read what was not checked, or memory that is not its own."""
 
+import subprocess
 import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from sparse_lth import SparseLinear, SparseSequential
 from tests.bounds import assert_close
 
+ROOT = Path(__file__).parent.parent
 MODES = (torch.no_grad, torch.enable_grad, torch.inference_mode)
 
 
@@ -421,3 +424,48 @@ def test_threads_call_a_chain_while_its_dense_layer_is_swapped():
 
     call = one_of(under(torch.no_grad, lambda: model(x)), results)
     assert not run_against(change, [call, call], seconds=1)
+
+
+# what runs last
+
+
+LAST = """
+import atexit, gc
+atexit.register(lambda: print(called(network)))  # first, so that it runs last
+
+import torch
+from torch import nn
+from sparse_lth import SparseLinear, SparseSequential, quantize_
+
+def a_network():
+    torch.manual_seed(0)
+    layers = [SparseLinear(256, 256, blocksize=1, density=0.3) for _ in range(4)]
+    model = nn.Sequential(SparseSequential(*layers[:2]), SparseSequential(*layers[2:]))
+    quantize_(model, filter_fn=lambda module, name: name[0] == "1")
+    return model
+
+@torch.no_grad()
+def called(model):
+    return "same" if torch.equal(model(X), Y) else "another"
+
+class Server:
+    def __init__(self):
+        self.model = a_network()
+        self.model[0][0].server = self.model[1][0].server = [self]
+        called(self.model)
+
+    def __del__(self):
+        print(called(self.model))
+
+X = torch.randn(100, 256)
+with torch.no_grad():
+    network = a_network()
+    Y = network(X)
+Server()
+gc.collect()
+"""
+
+
+def test_a_network_runs_while_it_is_collected_and_at_exit():
+    run = subprocess.run([sys.executable, "-c", LAST], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "same\nsame\n"), run.stderr

@@ -24,22 +24,12 @@ class Memory:
     """Arrays, each in an allocation of its own until the end of the `with`."""
 
     def __enter__(self):
-        self._addresses, self._made = [], []
+        self._addresses = []
         return self
 
     def __exit__(self, *_):
-        for free, address in self._made:
-            free(address)
         for address in self._addresses:
             libc.free(address)
-
-    def program(self, native, *arguments):
-        self._made.append((native.free_program, native.new_program(*arguments)))
-        return self._made[-1][1]
-
-    def int8_layer(self, native, *arguments):
-        self._made.append((native.free_int8_layer, native.new_int8_layer(*arguments)))
-        return self._made[-1][1]
 
     def put(self, typecode, items):
         """The address of a copy of the items; 0 for none, as torch has it."""
@@ -79,9 +69,9 @@ class Weight:
         self.slots = memory.put("i", [place[i, c] for c, i in by_column])
         self.values, self.bias = memory.ones(self.nnz * self.R * self.C), memory.ones(self.out)
         sizes = self.inputs, self.out
-        self.program = memory.program(native, self.crow, self.col, 0, self.R, self.C, *sizes)
+        self.program = native.new_program(self.crow, self.col, 0, self.R, self.C, *sizes)
         indices = self.ccol, self.rows, self.slots
-        self.transposed = memory.program(native, *indices, self.C, self.R, *sizes[::-1])
+        self.transposed = native.new_program(*indices, self.C, self.R, *sizes[::-1])
 
     def as_layer(self, relu):
         pointers = self.values, self.bias, self.crow, self.col
@@ -95,7 +85,7 @@ class Weight:
         values, scales = memory.put("b", [1] * (self.nnz * self.R * self.C)), memory.ones(self.out)
         pointers = values, scales, self.bias, self.crow, self.col
         sizes = self.R, self.C, self.inputs, self.out
-        return memory.int8_layer(native, *pointers, *sizes, True)
+        return native.new_int8_layer(*pointers, *sizes, True)
 
 
 def dense(memory, out, inputs):

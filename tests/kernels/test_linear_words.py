@@ -155,6 +155,20 @@ def test_nan_and_inf_reach_only_kept_blocks(name, blocksize):
                     assert torch.equal(~y.isfinite(), touched)
 
 
+@pytest.mark.parametrize("name", linear_bf16.INSTRUCTION_SETS)
+def test_what_lay_in_memory_before_reaches_no_layer(name):
+    """An odd number of features leaves half a word between two layers."""
+    layers = []
+    for shape, blocksize in (((65, 40), (32, 3)), ((30, 65), (3, 4))):
+        values, pattern, _ = random_layer(*shape, blocksize, 0.8)
+        layers.append(kernels.ChainLayer(values.bfloat16(), pattern, None, *shape[::-1]))
+    chain, x = kernels.Chain(layers), torch.randn(9, 40).bfloat16()
+    with kernels.use_backend("native", name):
+        for size in (1 << n for _ in range(5) for n in range(20, 8, -1)):
+            torch.full((size,), float("nan"))  # and freed
+            assert chain(x).isfinite().all()
+
+
 @pytest.mark.parametrize("blocksize", [(1, 1), (16, 16), (4, 4)])
 def test_any_layout(blocksize):
     values, pattern, weight = random_layer(37, 50, blocksize, 0.4)
