@@ -60,9 +60,9 @@ def highest_masks(
     """The masks of the next round: the blocks of highest mean score among those that `masks` keep.
 
     densities: of each layer that is pruned. Together the layers keep the sum of density * weights,
-    as near as whole blocks come to it; of equal blocks those that come first. In global scope the
-    layers compete; else each keeps its own share, to one block, and at least one block. ValueError
-    where a score is not finite.
+    to about half a block; of equal blocks those that come first. In global scope the layers
+    compete; else each keeps its own share, to about one block, and at least one block. What a layer
+    lost in an earlier round is the next layer's to keep. ValueError where a score is not finite.
     """
     kept, wanted = {}, 0.0
     for names in [[*densities]] if scope == "global" else [[name] for name in densities]:
@@ -83,18 +83,6 @@ def highest_masks(
         for (name, mean), part in zip(means.items(), parts, strict=True):
             kept[name] = expand(part.view(mean.shape), blocksize, masks[name].shape) & masks[name]
     return {**masks, **kept}
-
-
-def magnitude_masks(
-    weights: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
-    densities: Mapping[str, float],
-    blocksize: tuple[int, int] = (1, 1),
-    scope: str = "layerwise",
-) -> Masks:
-    """`highest_masks` of the weights' magnitudes."""
-    magnitudes = {name: weights[name].abs() for name in densities}
-    return highest_masks(magnitudes, masks, densities, blocksize, scope)
 
 
 def densities_after(

@@ -145,7 +145,7 @@ EXPECTED = {  # as the paper has them, written down a second time: how a claim b
         LIKE,
     ),
     "At 13.5 % the ticket is more accurate than": ("EARLY_ACCURACY", EIGHTH, DENSE, MORE),
-    "At 3.6 % the ticket falls back to the dense network's acc": (
+    "At 3.6 % the ticket is no less accurate than the dense": (
         "EARLY_ACCURACY",
         LEAST,
         DENSE,

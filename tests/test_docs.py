@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import yaml
 from torch import nn
 
 import sparse_lth
-from sparse_lth.experiments import claims
+from sparse_lth.experiments import claims, measures, results
+from sparse_lth.experiments.evidence import FAILS, HOLDS, UNDECIDED
+from sparse_lth.experiments.verdicts import judge
 from sparse_lth.kernels import linear_native
 from sparse_lth.program import command, flags
 from sparse_lth.program.models import MODELS
@@ -287,6 +290,59 @@ def test_every_claim_is_on_the_page_of_the_paper():
         assert f"| {pair.text} | {pair.kind} |" in page
     for claim, why in claims.BEYOND:
         assert f"- {claim} {why}" in page
+
+
+FOUND = {"at the paper's length": "paper-full", "scaled": "paper-scaled"}
+MEASURES = {
+    "early stop": measures.EARLY_ITERATION,
+    "test accuracy there": measures.EARLY_ACCURACY,
+    "at the end": measures.END_ACCURACY,
+}
+METHODS = {
+    "ticket": "winning ticket",
+    "drawn anew": "random reinit",
+    "random mask": "random mask",
+    "one shot": "one-shot",
+}
+
+
+@pytest.fixture(scope="module", params=FOUND)
+def found(request):
+    """A section of the page of the paper, and the results that it is about."""
+    page = (ROOT / "docs/paper.md").read_text()
+    section = page.partition(f"## What was found, {request.param}\n")[2].partition("\n## ")[0]
+    return section, results.read(ROOT / "docs" / FOUND[request.param])
+
+
+def test_the_page_of_the_paper_has_the_verdicts_of_its_results(found):
+    section, trainings = found
+    judged = judge(trainings)
+    counts = [sum(c.verdict == verdict for c in judged) for verdict in (HOLDS, FAILS, UNDECIDED)]
+    said = "Of the {} claims that are about these networks {} hold, {} do not, and {} are not"
+    assert said.format(sum(counts), *counts) in section
+    held = [f"{c.text} {c.measured}." for c in judged if c.verdict == HOLDS]
+    held = [re.sub(r" \(\d+ prunings\)", "", claim).lower() for claim in held]
+    assert re.findall(r"^- (.*)$", section.lower(), re.MULTILINE) == held
+
+
+def test_the_page_of_the_paper_has_the_means_of_its_results(found):
+    section, trainings = found
+    lines = re.findall(r"^\|(.*)\|$", section, re.MULTILINE)
+    (_, *titles), _, *rows = ([cell.strip() for cell in line.split("|")] for line in lines)
+    for kept, *cells in rows:
+        for title, cell in zip(titles, cells, strict=True):
+            start, _, method = title.rpartition(", ")
+            if start:
+                measure = MEASURES[start]
+            values = [
+                measure.of(training)
+                for training in trainings
+                if (training[0]["method"], training[0]["blocksize"]) == (METHODS[method], "1x1")
+                and f"{100 * training[0]['density']:.1f} %" == kept
+            ]
+            if cell:
+                assert len(values) == 5
+                assert measure.value.format(mean(values)).removeprefix("iteration ") == cell
 
 
 def test_one_version_everywhere():

@@ -2,7 +2,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
@@ -15,8 +15,8 @@ from sparse_lth.masks import (
     density,
     erk_densities,
     expand,
+    highest_masks,
     keep_highest,
-    magnitude_masks,
 )
 from sparse_lth.program.config import RunConfig
 from sparse_lth.program.models import MODELS
@@ -41,6 +41,10 @@ def test_expand_covers_whole_blocks_of_a_convolution():
 
 def _all_kept(weights):
     return {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+
+
+def magnitude_masks(weights, *settings, **scope):
+    return highest_masks({name: w.abs() for name, w in weights.items()}, *settings, **scope)
 
 
 @pytest.mark.parametrize("blocksize", [(1, 1), (4, 4), (3, 5)])
@@ -159,6 +163,40 @@ def test_erk_keeps_what_was_asked_for_in_proportion_to_the_sizes(shapes, density
         assert densities[name] == pytest.approx(min(1, factor * sum(shape) / prod(shape)))
     more = erk_densities(shapes, density + (1 - density) / 2)
     assert all(more[name] >= densities[name] * (1 - 1e-12) for name in shapes)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    grids=st.lists(st.tuples(st.integers(2, 12), st.integers(2, 12)), min_size=1, max_size=4),
+    blocksize=st.sampled_from([(1, 1), (2, 3), (4, 1)]),
+    scope=st.sampled_from(["layerwise", "erk", "global"]),
+    density=st.floats(0.05, 0.99),
+    seed=st.integers(0, 99),
+)
+def test_blocks_that_divide_the_layers_keep_what_was_asked_for(
+    grids, blocksize, scope, density, seed
+):
+    R, C = blocksize
+    shapes = {n: (R * rows, C * cols) for n, (rows, cols) in enumerate(grids)}
+    total, block = sum(map(prod, shapes.values())), R * C
+    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    spread = erk_densities(shapes, density) if scope == "erk" else dict.fromkeys(shapes, density)
+    assume(all(share * prod(shapes[name]) >= block for name, share in spread.items()))
+    torch.manual_seed(seed)
+    scores = {name: torch.randn(shape) for name, shape in shapes.items()}
+    after = highest_masks(scores, masks, spread, blocksize, scope)
+    kept = {name: int(mask.sum()) for name, mask in after.items()}
+    assert abs(sum(kept.values()) - density * total) <= block / 2 * (1 + 1e-9)
+    for name, share in spread.items():
+        if scope != "global":
+            assert abs(kept[name] - share * prod(shapes[name])) <= block * (1 + 1e-9)
+        if share == 1:
+            assert after[name].all()
+
+
+def test_half_a_weight_counts_as_one():
+    weights = {"a": torch.ones(1, 5)}
+    assert int(highest_masks(weights, _all_kept(weights), {"a": 0.5})["a"].sum()) == 3
 
 
 def test_weights_that_are_not_finite_are_refused_by_name():

@@ -86,7 +86,8 @@ PAIRS = (
     ),
     Pair(
         "controls",
-        "At 3.6 % the ticket falls back to the dense network's accuracy, and not below it.",
+        "At 3.6 % the ticket is no less accurate than the dense network, to whose accuracy it "
+        "falls back in the paper.",
         EARLY_ACCURACY,
         LEAST,
         DENSE,
