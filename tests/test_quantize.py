@@ -14,6 +14,7 @@ from sparse_lth import (
     load_sparse,
     quantize_,
     save_sparse,
+    sparsify_,
 )
 from sparse_lth.files import load_tensors, save_tensors
 from sparse_lth.kernels import linear_int8, linear_native, use_backend
@@ -90,6 +91,17 @@ def test_the_same_numbers_after_copy_state_dict_and_file(blocksize, tmp_path):
     save_sparse(model, tmp_path / "model")
     dense = nn.Sequential(nn.Linear(70, 45), nn.Linear(45, 20, bias=False), nn.Linear(20, 3))
     assert torch.equal(load_sparse(tmp_path / "model", dense)(x), y)
+
+
+def test_a_conv1d_of_hugging_face_comes_back_from_a_file(tmp_path):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model, x = nn.Sequential(conv1d(45, 70)), torch.randn(5, 70)
+    model[0].weight.data[:, :30] = 0
+    sparsify_(model, (5, 7), max_density=1.0)
+    quantize_(model)
+    save_sparse(model, tmp_path / "model")
+    again = load_sparse(tmp_path / "model", nn.Sequential(conv1d(45, 70)))
+    assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize(
