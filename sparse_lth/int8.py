@@ -10,9 +10,11 @@ from .base import as_activation
 from .kernels import Chain, is_traced, pattern_of
 from .kernels.calls import kept_weights, plain
 from .kernels.linear_int8 import MOST_INPUTS, Int8Weight, call, chain_of, linear, quantized
+from .kernels.linear_torch import to_dense
 from .kernels.quantized import int8_linear
 from .kernels.unchanged import Held, unchanged
 from .layers import SparseLinear
+from .lazy_weight import SparseWeight
 
 
 class Int8Snapshot(NamedTuple):
@@ -98,6 +100,24 @@ class Int8SparseLinear(nn.Module):
         else:
             y = linear(flat, weight, pattern_of(*indices, self.grid), self.bias, *last)
         return y.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the int8 numbers stand for, to read, in the dtype of the bias or in
+        float32. RuntimeError where something would write to it."""
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        return SparseWeight.of(self, detached=True, dtype=dtype)
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def shaped_weight(self) -> Tensor:
+        """(out_features, in_features), what `weight` reads"""
+        values = self.weight_values.float()
+        whole = to_dense(values, self.crow_indices, self.col_indices, self.weight_shape)
+        whole = whole * self.weight_scales[:, None].float()
+        return whole if self.bias is None else whole.to(self.bias.dtype)
 
     @property
     def grid(self) -> tuple[int, int]:

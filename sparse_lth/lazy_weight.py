@@ -29,13 +29,16 @@ class SparseWeight(Tensor):
     """
 
     @classmethod
-    def of(cls, layer, detached: bool = False) -> Tensor:
-        """layer: a BlockSparse; detached: whether gradients stop here"""
+    def of(cls, layer, detached: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """layer: a BlockSparse, or, detached and with the dtype of its `shaped_weight`, one in int8
+
+        detached: whether gradients stop here
+        """
         if torch.compiler.is_dynamo_compiling():  # which drops the numbers that nobody needs
             return layer.shaped_weight().as_subclass(TracedWeight)
         values = layer.weight_values
         weight = Tensor._make_wrapper_subclass(
-            cls, layer.weight_shape, dtype=values.dtype, device=values.device
+            cls, layer.weight_shape, dtype=dtype or values.dtype, device=values.device
         )
         weight._layer, weight._detached = layer, detached
         return weight
@@ -65,7 +68,7 @@ class SparseWeight(Tensor):
         return self.detach()
 
     def detach(self) -> Tensor:
-        return self.of(self._layer, detached=True)
+        return self.of(self._layer, True, self.dtype)
 
     def dense(self) -> Tensor:
         """The numbers, in a plain tensor."""

@@ -12,9 +12,9 @@ from torch.nn.utils import prune
 
 from .base import BLOCKS, BlockSparse, as_activation
 from .bsr import blocksize_of
-from .convert import empty, is_weighted, own_hooks, replace
+from .convert import empty, is_weighted, matrix, own_hooks, replace
 from .files import FormatError, TicketError, load_tensors, save_tensors
-from .huggingface import refuse_from_pretrained
+from .huggingface import is_conv1d, refuse_from_pretrained
 from .int8 import Int8SparseLinear
 from .kernels.pattern import row_indices
 
@@ -243,7 +243,7 @@ def _sparse_layers(
 
 def _int8_layer(layer: nn.Module, given: dict, tensors: dict, owner: str, about: dict) -> nn.Module:
     scales = tensors.get(_join(owner, "weight_scales"))
-    if scales is None or not isinstance(layer, nn.Linear):
+    if scales is None or not (isinstance(layer, nn.Linear) or is_conv1d(layer)):
         raise ValueError(f"expected weight_scales and a Linear, got {type(layer).__name__}")
     moved = [
         t if t is None or layer.weight.is_meta else t.to(layer.weight.device)
@@ -256,7 +256,7 @@ def _int8_layer(layer: nn.Module, given: dict, tensors: dict, owner: str, about:
         )
     ]
     values, scales, crow, col, bias = moved
-    features = layer.in_features, layer.out_features
+    features = matrix(layer, layer.weight).shape[::-1]
     activation = about.get("activation", "none")
     return Int8SparseLinear(values, scales, (crow, col), bias, features, activation)
 

@@ -14,6 +14,7 @@ from sparse_lth import (
     load_sparse,
     quantize_,
     save_sparse,
+    sparsify_,
 )
 from sparse_lth.files import load_tensors, save_tensors
 from sparse_lth.kernels import linear_int8, linear_native, use_backend
@@ -90,6 +91,49 @@ def test_the_same_numbers_after_copy_state_dict_and_file(blocksize, tmp_path):
     save_sparse(model, tmp_path / "model")
     dense = nn.Sequential(nn.Linear(70, 45), nn.Linear(45, 20, bias=False), nn.Linear(20, 3))
     assert torch.equal(load_sparse(tmp_path / "model", dense)(x), y)
+
+
+def test_a_conv1d_of_hugging_face_comes_back_from_a_file(tmp_path):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model, x = nn.Sequential(conv1d(45, 70)), torch.randn(5, 70)
+    model[0].weight.data[:, :30] = 0
+    sparsify_(model, (5, 7), max_density=1.0)
+    quantize_(model)
+    save_sparse(model, tmp_path / "model")
+    again = load_sparse(tmp_path / "model", nn.Sequential(conv1d(45, 70)))
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_transformer_of_torch_runs_its_int8_layers(monkeypatch):
+    """In evaluation it reads the weights of its layers, to see whether a fused form will do."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    layer.linear1.weight.data[:32] = layer.linear2.weight.data[:16] = 0
+    model = sparsify_(nn.TransformerEncoder(layer, 2), (8, 4), max_density=1.0).eval()
+    x, calls = torch.randn(2, 6, 32), []
+    quantize_(model)
+    forward = Int8SparseLinear.forward
+    monkeypatch.setattr(
+        Int8SparseLinear, "forward", lambda layer, x: calls.append(1) or forward(layer, x)
+    )
+    with torch.no_grad():
+        assert torch.isfinite(model(x)).all()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_its_weight_is_there_to_read(dtype, bias):
+    model = nn.Sequential(SparseLinear(70, 45, bias, blocksize=(16, 4), density=0.3).to(dtype))
+    exact = model[0].to_dense().weight
+    quantize_(model)
+    weight = model[0].weight
+    assert weight.shape == (45, 70)
+    assert weight.dtype == (dtype if bias else torch.float32)
+    assert weight.detach().dtype == weight.dtype
+    assert not weight.requires_grad
+    steps = exact.float().abs().amax(1, keepdim=True) / 127
+    assert ((weight + 0).float() - exact.float()).abs().le(steps * 0.51 + 2**-8 * exact.abs()).all()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from sparse_lth.program import measure
-from sparse_lth.program.charts import linear, logarithmic
+from sparse_lth.program.charts import LEFT, linear, logarithmic
 from sparse_lth.program.config import RunConfig
 from sparse_lth.program.data import Split
 from sparse_lth.program.findings import (
@@ -178,6 +178,14 @@ def test_axes_hold_their_values():
         axis = logarithmic("", values)
         assert all(0 <= axis.at(value) <= 1 for value in (*values, *axis.ticks))
     assert linear("", [0.0, 1.0]).ticks == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+
+
+def test_the_numbers_of_an_axis_have_room_beside_its_label(tmp_path):
+    page = page_of(tmp_path, make_run())
+    ends = re.findall(r'<text x="(\d+)" [^>]*text-anchor="end">', page)
+    assert {int(end) for end in ends} == {LEFT - 4}
+    label = 14  # where it ends
+    assert LEFT - 4 - len("0.0001") * 7 >= label
 
 
 def test_the_page_is_the_same_every_time(tmp_path):

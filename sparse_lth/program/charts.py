@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 350, 8, 190  # of the field in which the points lie
+LEFT, RIGHT, TOP, BOTTOM = 60, 350, 8, 190  # of the field in which the points lie
 
 
 @dataclass(frozen=True)
