@@ -12,7 +12,7 @@ enum { WORTH_A_THREAD = 1 << 18 };
 
 /* How the batch is cut into tiles, which pass through the layers one after the other. */
 enum {
-    WIDE_PANELS = 4,       /* panels that share a load of a weight */
+    TILE_PANELS = 4,       /* panels of a tile that is not all machine code */
     CODE_PANELS = 16,      /* panels that share a piece of code in the first cache */
     LONG_CODE_PANELS = 32, /* the same for layers so long that a piece takes fewer inputs */
     FEW_PANELS = 8,        /* in all: tiles are then of half as many, so that threads find some */
@@ -49,7 +49,7 @@ static int takes_rows(const Forward *f, const Layer *l, int is_rest, int64_t row
     if (is_rest)
         return rows == 1 || is_tall(l);
     return f->kernels->lanes == 16 && l->R % 16 == 0 && l->C >= 4 && l->in % PAGE != 0 &&
-           WIDE_PANELS * 16 * l->in <= CACHED;
+           TILE_PANELS * 16 * l->in <= CACHED;
 }
 
 /* The row of the batch at which tile i begins; the rest, if there is one, is the last tile. */
@@ -105,7 +105,7 @@ static void step_range(void *arg, int64_t i, int worker)
         const int64_t few = s->panels * k->lanes * l->in <= CACHED ? max64(1, 64 / l->R) : s->range;
         for (int64_t n = begin; n < end; n += few) {
             const int64_t last = min64(end, n + few);
-            k->wide(l, n, last, s->x, s->ldx, s->y, s->ldy, s->panels);
+            k->panels(l, n, last, s->x, s->ldx, s->y, s->ldy, s->panels);
             finish(s, n * l->R, last * l->R);
         }
     } else if (is_tall(l))
@@ -247,7 +247,7 @@ typedef struct {
 static int64_t panels_of_tile(const Forward *f, const Codes *c, int threads)
 {
     if (!c->all && c->bytes <= MUCH_CODE)
-        return f->panels <= FEW_PANELS ? WIDE_PANELS / 2 : WIDE_PANELS;
+        return f->panels <= FEW_PANELS ? TILE_PANELS / 2 : TILE_PANELS;
     if (c->shared)
         return c->longest > LONG ? LONG_CODE_PANELS : CODE_PANELS;
     return min64(CODE_PANELS, ceil_div(f->panels, threads));
@@ -276,7 +276,7 @@ static int plan_forward(Forward *f, int threads)
     /* a panel costs the same whether it is full or not; rows of tall blocks pay below 3/4 of one */
     const int64_t least = f->batch == 1 ? L : any_tall ? L - L / 4 : 1;
     f->panels = f->batch / L + (f->batch % L >= least);
-    f->unit = c.bytes > MUCH_CODE && !c.all ? WIDE_PANELS : 1;
+    f->unit = c.bytes > MUCH_CODE && !c.all ? TILE_PANELS : 1;
     f->units = ceil_div(f->panels, f->unit);
     f->tiles = min64(f->units, ceil_div(f->panels, panels_of_tile(f, &c, threads)));
     const int64_t tasks = f->tiles + (f->batch > f->panels * L);

@@ -4,11 +4,12 @@
    TARGET   the attribute that selects it
    LANES    floats in a vector register
    ROWS     batch rows in a register tile of 16 outputs
-   WIDEST   outputs of a tile of panels
+   WIDEST   outputs in a register tile of panels
 
-   Tall blocks (R a multiple of 8) read x as it comes: a register tile is batch rows x outputs, and
-   a vector of weights meets broadcast inputs. Wide blocks (every other R) read x transposed: every
-   weight meets a vector of the batch. */
+   A layer reads x as it comes, in rows, if its blocks are tall (R a multiple of 8): a register tile
+   is batch rows x outputs, and a vector of weights meets broadcast inputs. Or it reads x transposed,
+   in panels, whatever its blocks: a broadcast weight meets a vector of the batch, and the outputs of
+   a tile share the loads of x. */
 
 typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -154,7 +155,8 @@ INLINE void NAME(panel_tile)(const int width, const int nv, const int64_t R, con
         int64_t n = starts ? l->crow[i] : first_from(l, i, s->begin);
         const int64_t after = ends ? l->crow[i + 1] : first_from(l, i, s->end);
         const float *w = l->values + n * C * R + r0;
-        const float *later = l->values + after * C * R + s->pass * (after - n) * s->lines * LINE_FLOATS;
+        const float *later = l->values + after * C * R; /* the next block row, or near it */
+        later += s->pass * (after - n) * s->lines * LINE_FLOATS;
         vec acc[16];
         UNROLL for (int o = 0; o < width; o++)
             UNROLL for (int v = 0; v < nv; v++)
@@ -186,7 +188,6 @@ INLINE void NAME(panel_tile)(const int width, const int nv, const int64_t R, con
                 UNROLL for (int j = 0; j < chains; j++) ADD(j, k + c + j)
             for (; chains > 1 && c < inside; c++)
                 ADD(0, k + c)
-            w += (C - inside) * R;
         }
 #undef ADD
         UNROLL for (int j = 1; j < chains; j++)
@@ -202,7 +203,7 @@ INLINE void NAME(panel_tile)(const int width, const int nv, const int64_t R, con
     static TARGET void NAME(panel_tile_##width##_##nv)(const NAME(Panels) *s, int64_t i,           \
                                                        int64_t last, int64_t r0, int64_t p)        \
     {                                                                                              \
-        if (width == 1 && s->layer->R == 1) /* known to the compiler, it counts in no sum */       \
+        if (width == 1 && s->layer->R == 1) /* which addresses then need not be multiplied by */   \
             NAME(panel_tile)(1, nv, 1, s, i, last, r0, p);                                         \
         else                                                                                       \
             NAME(panel_tile)(width, nv, s->layer->R, s, i, last, r0, p);                           \
@@ -222,10 +223,10 @@ TILE(8, 2)
 #endif
 #undef TILE
 
-/* Block rows i .. last for any panels. The weights of a tile stay in the first cache while the
-   panels pass, and a range of x in the second. */
-static TARGET void NAME(wide)(const Layer *l, int64_t i, int64_t last, const float *x, int64_t ldx,
-                              float *y, int64_t ldy, int64_t panels)
+/* Block rows i .. last: x (panels, in, LANES) -> y (panels, out, LANES). The weights of a tile stay
+   in the first cache while the panels pass, and a range of x in the second. */
+static TARGET void NAME(panels)(const Layer *l, int64_t i, int64_t last, const float *x,
+                                int64_t ldx, float *y, int64_t ldy, int64_t panels)
 {
     typedef void (*Tile)(const NAME(Panels) *, int64_t, int64_t, int64_t, int64_t);
     static const Tile tiles[WIDEST + 1][5] = { /* by outputs and panels */
@@ -241,17 +242,16 @@ static TARGET void NAME(wide)(const Layer *l, int64_t i, int64_t last, const flo
     NAME(Panels) s = {.layer = l, .x = x, .y = y, .ldx = ldx, .ldy = ldy};
     for (s.begin = 0; s.begin < columns; s.begin = s.end) {
         s.end = s.begin + range;
-        /* all block rows of one output in one go */
-        for (int64_t next = i, begin; (begin = next) < last;) {
-            next = l->R == 1 ? last : begin + 1;
-            const int64_t outputs = min64(l->R, l->out - begin * l->R);
+        for (int64_t row = i, next; row < last; row = next) {
+            next = l->R == 1 ? last : row + 1; /* block rows of one output in one go */
+            const int64_t outputs = min64(l->R, l->out - row * l->R);
             s.lines = lines_to_ask_for(l, ceil_div(outputs, WIDEST) * ceil_div(panels, 2));
             s.pass = 0;
             for (int64_t r0 = 0, width; r0 < outputs; r0 += width) {
                 width = largest_power(outputs - r0, WIDEST);
                 for (int64_t p = 0, nv; p < panels; p += nv) {
                     nv = largest_power(panels - p, width < WIDEST ? 4 : 2);
-                    tiles[width][nv](&s, begin, next, r0, p);
+                    tiles[width][nv](&s, row, next, r0, p);
                     s.pass++;
                 }
             }

@@ -13,7 +13,7 @@
 #define TABLE(suffix, suffix8)                                                                     \
     {                                                                                              \
         .name = #suffix, .lanes = LANES, .tall16 = tall16_##suffix, .tall8 = tall8_##suffix8,      \
-        .wide = wide_##suffix, .single = single_##suffix, .transpose = transpose_##suffix,         \
+        .panels = panels_##suffix, .single = single_##suffix, .transpose = transpose_##suffix,     \
         .sddmm_tall16 = sddmm_tall16_##suffix, .sddmm_tall8 = sddmm_tall8_##suffix8,               \
         .sddmm_wide = sddmm_wide_##suffix, .conv = conv_##suffix, .pool = pool_##suffix,           \
         .conv_grad_input = conv_grad_input_##suffix, .conv_grad_weight = conv_grad_weight_##suffix \

@@ -87,10 +87,10 @@ typedef struct {
                    int64_t ldy, int64_t rows);
     void (*tall8)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
                   int64_t ldy, int64_t rows);
-    /* outputs begin .. end, any blocksize: 1, 2 or 4 panels of x, ldx floats from one to the next,
-       -> panels of y; or one row, x (in,) -> y (out,) */
-    void (*wide)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
-                 int64_t ldy, int64_t panels);
+    /* any blocksize: block rows begin .. end, panels of x, ldx floats from one to the next, -> panels
+       of y; outputs begin .. end, one row, x (in,) -> y (out,) */
+    void (*panels)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
+                   int64_t ldy, int64_t panels);
     void (*single)(const Layer *, int64_t begin, int64_t end, const float *x, float *y);
     /* (m, n) -> (n, m), with zeros from m to padded */
     void (*transpose)(const float *from, int64_t ldfrom, int64_t m, int64_t n, float *to,

@@ -32,7 +32,7 @@ BLOCKSIZES = [
     (4, 4),
     (3, 7),
 ]
-BATCHES = [1, 2, 3, 7, 16, 17, 40, 65, 131]
+BATCHES = [1, 2, 3, 7, 11, 12, 16, 17, 29, 40, 65, 131]
 
 
 def random_layer(out_features, in_features, blocksize, density):
@@ -85,6 +85,15 @@ def test_float64(instruction_set, blocksize, density):
             check(y, x, weight, bias, "relu")
             dx = linear_native.linear_grad_input(grad, values, pattern, in_features)
             check(dx, grad, weight.T)
+
+
+@pytest.mark.parametrize("blocksize", [(1, 1), (16, 16), (16, 1), (12, 3), (7, 5), (4, 300)])
+def test_long_rows(instruction_set, blocksize):
+    """More inputs than stay in the second cache are taken in ranges."""
+    values, pattern, weight = random_layer(70, 9001, blocksize, 0.1)
+    for batch in (5, 20, 70):
+        x = torch.randn(batch, 9001)
+        check(kernels.linear(x, values, pattern, None, 70, "relu"), x, weight, None, "relu")
 
 
 @settings(max_examples=100, deadline=None)
