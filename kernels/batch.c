@@ -38,7 +38,7 @@ typedef struct {
     float *scratch;      /* (workers, 2, part) */
 } Forward;
 
-static int is_tall(const Layer *l) { return l->R % 8 == 0; }
+static int is_tall(const Layer *l) { return l->R % 4 == 0; }
 
 /* Whether a layer is taken in rows: one row alone is, and tall blocks are in the rest. Where there
    are registers for 14 rows, blocks that a vector of x is read well for pay without a transpose,
@@ -109,7 +109,8 @@ static void step_range(void *arg, int64_t i, int worker)
             finish(s, n * l->R, last * l->R);
         }
     } else if (is_tall(l))
-        (l->R % 16 ? k->tall8 : k->tall16)(l, begin, end, s->x, s->ldx, s->y, s->ldy, s->rows);
+        (l->R % 8 ? k->tall4 : l->R % 16 ? k->tall8 : k->tall16)(l, begin, end, s->x, s->ldx, s->y,
+                                                                 s->ldy, s->rows);
     else
         k->single(l, begin, end, s->x, s->y);
 }
@@ -257,8 +258,7 @@ static int64_t panels_of_tile(const Forward *f, const Codes *c, int threads)
 static int plan_forward(Forward *f, int threads)
 {
     const int64_t L = f->kernels->lanes;
-    int64_t work = 0, widest = f->layers[0].in;
-    int any_tall = 0;
+    int64_t work = 0, widest = f->layers[0].in, least = L + 1;
     Codes c = {.all = 1};
     for (int j = 0; j < f->n; j++) {
         const Layer *l = &f->layers[j];
@@ -266,15 +266,18 @@ static int plan_forward(Forward *f, int threads)
         const int gathers = f->batch == 1 && l->C == 1 && !is_tall(l);
         work += (gathers ? GATHERED : f->batch) * kept_weights(l);
         widest = max64(widest, l->out);
-        any_tall |= is_tall(l);
+        if (is_tall(l))
+            least = min64(least, l->R % 8 ? max64(2, L / 4) : L - L / 4);
         c.all &= code != NULL;
         if (code)
             c.bytes += (int64_t)code->used, c.longest = max64(c.longest, l->in);
     }
     threads = threads_now((int)max64(1, min64(threads, work / WORTH_A_THREAD)));
     c.shared = threads > 1 && c.bytes > min64(SHARED_CODE * f->batch / threads, HUGE_CODE);
-    /* a panel costs the same whether it is full or not; rows of tall blocks pay below 3/4 of one */
-    const int64_t least = f->batch == 1 ? L : any_tall ? L - L / 4 : 1;
+    /* a panel costs the same whether it is full or not; rows of tall blocks pay below 3/4 of one,
+       of blocks of 4 outputs below 1/4 */
+    if (least > L)
+        least = f->batch == 1 ? L : 1;
     f->panels = f->batch / L + (f->batch % L >= least);
     f->unit = c.bytes > MUCH_CODE && !c.all ? TILE_PANELS : 1;
     f->units = ceil_div(f->panels, f->unit);

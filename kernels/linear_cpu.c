@@ -6,7 +6,7 @@
    ROWS     batch rows in a register tile of 16 outputs
    WIDEST   outputs in a register tile of panels
 
-   A layer reads x as it comes, in rows, if its blocks are tall (R a multiple of 8): a register tile
+   A layer reads x as it comes, in rows, if its blocks are tall (R a multiple of 4): a register tile
    is batch rows x outputs, and a vector of weights meets broadcast inputs. Or it reads x transposed,
    in panels, whatever its blocks: a broadcast weight meets a vector of the batch, and the outputs of
    a tile share the loads of x. */
@@ -124,6 +124,14 @@ static TARGET void NAME(tall8)(const Layer *l, int64_t begin, int64_t end, const
                                int64_t ldx, float *y, int64_t ldy, int64_t rows)
 {
     NAME(tall_rows)(8, l, begin, end, x, ldx, y, ldy, rows);
+}
+#endif
+
+#if LANES <= 4
+static TARGET void NAME(tall4)(const Layer *l, int64_t begin, int64_t end, const float *x,
+                               int64_t ldx, float *y, int64_t ldy, int64_t rows)
+{
+    NAME(tall_rows)(4, l, begin, end, x, ldx, y, ldy, rows);
 }
 #endif
 

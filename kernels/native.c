@@ -9,10 +9,11 @@
 
 #include "native.h"
 
-/* Blocks of 8 outputs are a vector of AVX2, also where there is AVX-512. */
+/* Blocks of 8 outputs are a vector of AVX2, and of 4 of the baseline, also where there is more. */
 #define TABLE(suffix, suffix8)                                                                     \
     {                                                                                              \
         .name = #suffix, .lanes = LANES, .tall16 = tall16_##suffix, .tall8 = tall8_##suffix8,      \
+        .tall4 = tall4_baseline,                                                                   \
         .panels = panels_##suffix, .single = single_##suffix, .transpose = transpose_##suffix,     \
         .sddmm_tall16 = sddmm_tall16_##suffix, .sddmm_tall8 = sddmm_tall8_##suffix8,               \
         .sddmm_wide = sddmm_wide_##suffix, .conv = conv_##suffix, .pool = pool_##suffix,           \

@@ -82,10 +82,12 @@ static inline int64_t kept_weights(const Layer *l) { return l->crow[block_rows(l
 typedef struct {
     const char *name;
     int lanes; /* floats in a vector register */
-    /* block rows begin .. end: x (rows, in) -> y (rows, out); R a multiple of 16, of 8 */
+    /* block rows begin .. end: x (rows, in) -> y (rows, out); R a multiple of 16, of 8, of 4 */
     void (*tall16)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
                    int64_t ldy, int64_t rows);
     void (*tall8)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
+                  int64_t ldy, int64_t rows);
+    void (*tall4)(const Layer *, int64_t begin, int64_t end, const float *x, int64_t ldx, float *y,
                   int64_t ldy, int64_t rows);
     /* any blocksize: block rows begin .. end, panels of x, ldx floats from one to the next, -> panels
        of y; outputs begin .. end, one row, x (in,) -> y (out,) */

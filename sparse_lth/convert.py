@@ -19,6 +19,7 @@ from .huggingface import is_conv1d, refuse_from_pretrained
 from .kernels import backend
 from .layers import SparseLinear
 from .sequential import SparseSequential
+from .weights import expect_model
 
 SMALLER = ((16, 16), (16, 4), (16, 1), (8, 8), (8, 1), (4, 4), (1, 1))  # to suggest, best first
 
@@ -87,6 +88,7 @@ def sparsify_(
     or the new layer if `model` itself is one; `conversion(model)` says what became of each layer,
     and a warning where none was converted. Make optimizers after it: it makes new Parameters.
     """
+    expect_model(model)
     blocksize = bsr.as_blocksize(blocksize)
     layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if is_weighted(m)]
     owners, reasons, made = _owners(model), {}, {}

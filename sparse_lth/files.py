@@ -12,6 +12,7 @@ import safetensors.torch
 from torch import Tensor
 
 DEPTH = 16  # levels of JSON: what we write has five
+READERS = {"ticket": "Ticket.load", "model": "load_sparse"}  # of files that users read
 SMALL = 1 << 20  # bytes; a file of settings has a few hundred
 
 
@@ -116,14 +117,26 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     Raises OSError if the file cannot be read, FormatError if it is not whole or of another kind.
     """
     file_size(path)
+    expected = f"{path}: expected a sparse_lth {kind}"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = parse_json((file.metadata() or {})[f"sparse_lth.{kind}"])
+            metadata = file.metadata() or {}
+            if f"sparse_lth.{kind}" not in metadata:
+                raise FormatError(f"{expected}, got {_describe(metadata)}")
+            about = parse_json(metadata[f"sparse_lth.{kind}"])
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except OSError:
+    except (OSError, FormatError):
         raise
     except Exception as error:  # of a damaged file safetensors and torch raise many kinds
-        raise FormatError(f"{path}: expected a sparse_lth {kind}, got {error!r}") from error
+        raise FormatError(f"{expected}, got {error!r}") from error
+
+
+def _describe(metadata: dict[str, str]) -> str:
+    """What safetensors of another kind are."""
+    for kind, reader in READERS.items():
+        if f"sparse_lth.{kind}" in metadata:
+            return f"a {kind}, which {reader} reads"
+    return "safetensors of something else"
 
 
 def split_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

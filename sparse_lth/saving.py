@@ -34,6 +34,7 @@ def save_sparse(model: nn.Module, path: str | Path, name: str | None = None) -> 
                 f"expected no masks of torch's prune, got one on {owner or 'the model'}: call "
                 "sparsify_, or torch.nn.utils.prune.remove"
             )
+    model = _inner(model)
     tensors, aliases, first = {}, {}, {}
     compact = _compact(model)
     for key, tensor in _tensors(model):
@@ -90,13 +91,15 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             if not tensor.isfinite().all():
                 raise TicketError(f"{path}: expected finite numbers in {name}")
         model = BUILDERS[about["model"]]()
+    given, model = model, _inner(model)
     held = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks")
     before = [(getattr(m, kind), {**getattr(m, kind)}) for m in model.modules() for kind in held]
     modules = [*model.modules()]
     try:
         made = _sparse_layers(model, tensors, about["layers"])
         replace(model, made)
-        model = made.get(model, model)
+        if model in made:
+            given = model = made[model]
         _fill(model, tensors)
         refuse_from_pretrained(model)
     except BaseException as error:
@@ -108,7 +111,12 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         if not isinstance(error, RuntimeError | TypeError | ValueError):
             raise
         raise TicketError(f"{path}: {error}") from error
-    return model.eval() if alone else model
+    return given.eval() if alone else given
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` has wrapped it."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _compact(model: nn.Module) -> dict[str, Tensor | None]:

@@ -135,7 +135,9 @@ def expect_like(group: str, tensors: Tensors, like: Mapping[str, Tensor]) -> Non
     """Raises FormatError unless both have the same names, shapes and dtypes."""
     if tensors.keys() != like.keys():
         missing, extra = sorted(like.keys() - tensors.keys()), sorted(tensors.keys() - like.keys())
-        raise FormatError(f"expected other {group} tensors: {missing} missing, {extra} too many")
+        raise FormatError(
+            f"expected {group} tensors to have other names: {missing} missing, {extra} too many"
+        )
     for name, tensor in tensors.items():
         expected, got = ((tuple(t.shape), t.dtype) for t in (like[name], tensor))
         if got != expected:

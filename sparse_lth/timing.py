@@ -95,6 +95,8 @@ def benchmark(
     are many and short, so that it spoils few. Raises ValueError where the baseline is masked by
     `torch.nn.utils.prune`, which slows it.
     """
+    if not models:
+        raise ValueError("expected at least one model to time, got none")
     if baseline in models and prune.is_pruned(models[baseline]):
         raise ValueError(
             f"expected {baseline!r} without masks, which slow it: take a fresh model, or "

@@ -3,10 +3,12 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 
 from .base import BLOCKS, BlockSparse
@@ -21,6 +23,18 @@ KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear and convolutional layers by name, in order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, KINDS)}
+
+
+def expect_model(model: nn.Module) -> None:
+    """TypeError for anything but a module, ValueError for lazy layers that have no weights yet."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}")
+    lazy = [n for n, p in chain(model.named_parameters(), model.named_buffers()) if is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"expected a model that has its weights, got lazy layers without ({', '.join(lazy)}): "
+            "call it on a batch first"
+        )
 
 
 def weight_name(layer: str) -> str:
@@ -65,6 +79,7 @@ def prunable(
     A weight that an embedding, or a layer that stays dense, holds too is left alone. Raises
     ValueError where no layer is left.
     """
+    expect_model(model)
     holders = defaultdict(list)
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

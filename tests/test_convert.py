@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from sparse_lth import (
+    Search,
     SparseConv2d,
     SparseLinear,
     SparseSequential,
@@ -482,3 +483,11 @@ def test_layers_in_a_sequential_run_in_one_call():
         assert_as_exact_as(body(x), dense, exact)
     assert [len(chain.layers) for chain in body._prepared.chains] == [2]
     assert [type(m) for m in model.values()] == [SparseSequential, Pipeline, nn.Sequential]
+
+
+@pytest.mark.parametrize("call", [sparsify_, lambda model: Search(model, 0.1)])
+def test_what_is_no_model_and_what_has_no_weights_yet_are_refused(call):
+    with pytest.raises(TypeError, match="expected a model, an nn.Module, got int"):
+        call(3)
+    with pytest.raises(ValueError, match="call it on a batch first"):
+        call(nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyBatchNorm1d()))

@@ -423,9 +423,9 @@ STATE_CHANGES = {
     "names of .* as sparse, got .*fc9": lambda t, a: a.update(sparse=["fc9"]),
     "names of .* as sparse, got 3": lambda t, a: a.update(sparse=3),
     "expected init, masks": lambda t, a: t.pop("generator"),
-    "expected other init tensors": lambda t, a: t.pop("init.fc1.bias"),
-    "expected other masks tensors": lambda t, a: t.pop("masks.fc1"),
-    "expected other trained tensors": lambda t, a: t.pop("weights.fc1.bias"),
+    "expected init tensors to have other names": lambda t, a: t.pop("init.fc1.bias"),
+    "expected masks tensors to have other names": lambda t, a: t.pop("masks.fc1"),
+    "expected trained tensors to have other names": lambda t, a: t.pop("weights.fc1.bias"),
     "expected other optimizer tensors": lambda t, a: t.pop("optimizer.fc1.bias.step"),
     "expected optimizer fc1.bias.exp_avg of shape": lambda t, a: t.update(
         {"optimizer.fc1.bias.exp_avg": torch.zeros(3)}

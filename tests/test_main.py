@@ -204,7 +204,9 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
             ["--rewind", "5"],
             "rewind: expected init, weights, or a step of round 0, as in 500it or 1ep, got 5",
         ),
-        (["--reinit", "--rewind", "1ep"], "reinit: expected rewind init beside it, got"),
+        (["--reinit", "--rewind", "1ep"], "reinit: expected rewind init beside it, got rewind 1ep"),
+        (["--blocksize", "512x512"], "blocksize 512x512 and prune_pc 0.2: expected"),
+        (["--out_dir", "/dev/null/run"], "expected a folder that can be written, got /dev/null/run"),
         (["--block-lasso", "-1"], "block_lasso: expected a finite number of at least 0, got -1"),
         (["--block_lasso", "inf"], "block_lasso: expected a finite number of at least 0, got inf"),
         (["--rewind", "99999it"], "rewind: expected a step before the end of a round"),
@@ -256,7 +258,7 @@ def test_resume_takes_its_settings_from_the_run(tmp_path, capsys):
     assert (tmp_path / "ticket.safetensors").read_bytes() == before
     with pytest.raises(SystemExit):
         _run("--resume", tmp_path, "--lr", "1")
-    assert "--lr: expected 0.001, as the run to resume has it, got 1.0" in capsys.readouterr().err
+    assert "--lr: expected 0.001, as in the run to resume, got 1.0" in capsys.readouterr().err
 
 
 def test_resume_compares_the_settings_with_those_in_the_state(tmp_path, capsys):

@@ -243,6 +243,8 @@ def test_verdicts_and_their_tones():
 
     assert judged(speed(1, 1.2, 0.5)) == ("no clear difference (0.60x to 1.80x)", "")
     assert judged(speed(1, 1 / 200)) == ("200x slower", "bad")
+    assert judged(speed(1, 100, 0.9)) == ("at least 10x faster", "good")
+    assert judged(speed(1, 1 / 100, 0.9)) == ("at least 53x slower", "bad")
     assert judged({"gain": 0.5}) == ("2.0x larger", "bad")
     assert judged(accuracy(0.9788, 0.9788, 10_000)) == ("the same", "")
     assert judged(accuracy(0.9788, 0.9774, 10_000)) == ("within noise (-0.14)", "")

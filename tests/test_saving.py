@@ -11,7 +11,15 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
 
-from sparse_lth import SparseLinear, TicketError, load_sparse, save_sparse, sparsify_
+from sparse_lth import (
+    SparseLinear,
+    Ticket,
+    TicketError,
+    find_ticket,
+    load_sparse,
+    save_sparse,
+    sparsify_,
+)
 
 BLOCKS = ("weight_values", "crow_indices", "col_indices")
 
@@ -407,3 +415,32 @@ def test_what_a_file_cannot_carry_is_refused_before_it_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"expected numbers to save, got 0\.weight on the meta"):
         save_sparse(nn.Sequential(nn.Linear(8, 8, device="meta")), path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("saved_compiled", [True, False])
+@pytest.mark.parametrize("loaded_compiled", [True, False])
+def test_compiled_models_have_the_names_of_plain_ones(saved_compiled, loaded_compiled, tmp_path):
+    def network(compiled):
+        model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)).eval()
+        return model, torch.compile(model) if compiled else model
+
+    plain, model = network(saved_compiled)
+    prune.l1_unstructured(plain[0], "weight", 0.9)
+    sparsify_(model, 1)
+    save_sparse(model, tmp_path / "m.safetensors")
+    other, given = network(loaded_compiled)
+    assert load_sparse(tmp_path / "m.safetensors", given) is given
+    x = torch.randn(4, 32)
+    assert isinstance(other[0], SparseLinear)
+    assert torch.equal(other(x), plain(x))
+
+
+def test_a_file_of_another_kind_names_what_reads_it(tmp_path):
+    model = nn.Sequential(a_layer())
+    save_sparse(model, tmp_path / "model.safetensors")
+    with pytest.raises(TicketError, match="got a model, which load_sparse reads"):
+        Ticket.load(tmp_path / "model.safetensors")
+    ticket = find_ticket(nn.Sequential(nn.Linear(8, 8)), lambda model: None, density=0.5, rounds=1)
+    ticket.save(tmp_path / "ticket.safetensors")
+    with pytest.raises(TicketError, match="got a ticket, which Ticket.load reads"):
+        load_sparse(tmp_path / "ticket.safetensors", model)

@@ -158,6 +158,6 @@ def describe(config: RunConfig) -> str:
         f"{config.blocksize[0]}x{config.blocksize[1]} blocks, {config.scope}, "
         f"seed {config.seed}, {config.device}"
     )
-    if config.export_blocksize:
+    if config.export_blocksize and config.prune_pc == 0.9:
         text += " (with --export-sparse 90% is the default of --prune_pc: at 20% nothing is faster)"
     return text

@@ -106,7 +106,8 @@ class RunConfig:
             )
         known = self.rewind in REWINDS or _STEPS.fullmatch(self.rewind)
         self._expect("rewind", "init, weights, or a step of round 0, as in 500it or 1ep", known)
-        self._expect("reinit", "rewind init beside it", not self.reinit or self.rewind == "init")
+        if self.reinit and self.rewind != "init":
+            raise SettingError(f"reinit: expected rewind init beside it, got rewind {self.rewind}")
         for name in ("blocksize", "export_blocksize"):
             if (blocksize := getattr(self, name)) is not None:
                 self._expect(name, "two sizes of at least 1", min(blocksize) >= 1)
@@ -122,8 +123,8 @@ class RunConfig:
         try:
             masks = self.search(model).masks
         except ValueError as error:
-            what = f"blocks of {self.blocksize[0]}x{self.blocksize[1]} and prune_pc"
-            raise SettingError(f"prune_pc: expected {what} that fit: {error}") from error
+            blocks = f"blocksize {self.blocksize[0]}x{self.blocksize[1]}"
+            raise SettingError(f"{blocks} and prune_pc {self.prune_pc}: {error}") from error
         blocks = sum(mask.numel() for mask in masks.values()) / math.prod(self.blocksize)
         pruned = self.prune_pc * blocks
         possible = pruned >= 0.5 and blocks - pruned >= 0.5

@@ -1,6 +1,7 @@
 """What a run found, in words: of the summaries of `measure.summarise` and `measure.compare`."""
 
 GOOD, BAD = "good", "bad"
+DISAGREE = 2  # times as much in one measurement as in another: the least is then what counts
 
 
 def headline(summary: dict) -> str:
@@ -50,6 +51,9 @@ def verdict(row: dict) -> str:
         low, high = row.get("gain_range", (gain, gain))
         return f"no clear difference ({low:.2f}x to {high:.2f}x)"
     better, worse = ("faster", "slower") if "batch" in row else ("smaller", "larger")
+    low, high = sorted(max(g, 1 / g) for g in row.get("gain_range", (gain, gain)))
+    if high > DISAGREE * low:
+        return f"at least {factor(low)} {better if gain > 1 else worse}"
     return f"{factor(max(gain, 1 / gain))} {better if gain > 1 else worse}"
 
 

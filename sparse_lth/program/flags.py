@@ -67,7 +67,10 @@ def resumed_config(folder: Path, flags: dict) -> RunConfig:
             now = now or flags.get("blocksize", saved.blocksize)
         found_out = name in ("dataset", "device") and now == "auto"
         if was != now and not found_out:
-            raise SettingError(f"--{name}: expected {was}, as the run to resume has it, got {now}")
+            expected = "it left out" if was is None else plain(was)
+            raise SettingError(
+                f"--{name}: expected {expected}, as in the run to resume, got {plain(now)}"
+            )
     return replace(saved, data_dir=flags.get("data_dir", saved.data_dir))
 
 

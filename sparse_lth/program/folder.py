@@ -54,7 +54,12 @@ def owned(folder: Path, new: bool) -> Iterator[None]:
 
     A new run expects it empty. Raises FolderError where another run has it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(
+            f"expected a folder that can be written, got {folder}: {error.strerror}"
+        ) from error
     try:
         lock = FileLock(folder / LOCK).acquire(timeout=0)
     except Timeout:
