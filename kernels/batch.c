@@ -205,7 +205,8 @@ static void forward_tile(void *arg, int64_t i, int worker)
                      .other = scratch + f->part};
     for (int j = 0; j < f->n; j++) {
         const Layer *l = &f->layers[j];
-        const int in_panels = !takes_rows(f, l, is_rest, rows);
+        const int stay = a.in_panels && !is_rest; /* to turn them would cost more than rows gain */
+        const int in_panels = stay || !takes_rows(f, l, is_rest, rows);
         float *const result = j == f->n - 1 ? y : NULL;
         if (in_panels != a.in_panels)
             turn(f, &a, l->in);
@@ -291,6 +292,18 @@ static int plan_forward(Forward *f, int threads)
     return across;
 }
 
+/* A large result is new memory, of which a page at a time would have to be given to the process. */
+static void ask_for_huge_pages(float *y, int64_t floats)
+{
+#ifdef MADV_HUGEPAGE
+    enum { LARGE = 1 << 21, PAGE = 4096 };
+    if (floats >= LARGE) {
+        const uintptr_t begin = ((uintptr_t)y + PAGE - 1) & ~(uintptr_t)(PAGE - 1);
+        madvise((void *)begin, floats * sizeof(float) - PAGE, MADV_HUGEPAGE); /* no matter if not */
+    }
+#endif
+}
+
 /* 0, or -1 if there is no memory for the scratch. */
 static int forward(const Kernels *k, const Layer *layers, int n, const float *x, int64_t ldx,
                    float *y, int64_t batch, int threads)
@@ -304,6 +317,7 @@ static int forward(const Kernels *k, const Layer *layers, int n, const float *x,
     f.scratch = allocate(across * 2 * f.part);
     if (!f.scratch)
         return -1;
+    ask_for_huge_pages(y, batch * layers[n - 1].out);
     parallel_for(across, f.tiles + (first_row(&f, f.tiles) < batch), forward_tile, &f);
     free(f.scratch);
     return 0;
