@@ -57,7 +57,9 @@ NATIVE = Backend(
     conv2d_native.conv2d_grad_input,
     conv2d_native.conv2d_grad_weight,
     # as measured on 784x300 and 1024x1024 layers at batch 1, 16 and 128: slower at none of them
-    crossover=lambda R: 0.7 if R % 16 == 0 else 0.5 if R % 8 == 0 else 0.3,
+    crossover=lambda R: (
+        0.7 if R % 16 == 0 else 0.5 if R % 8 == 0 else 0.3 if R % 4 == 0 or R == 1 else 0.07
+    ),
     chains=True,
     pools=True,
 )

@@ -36,12 +36,20 @@ INLINE void NAME(tall_tile)(const int rows, const int width, const Layer *l, int
     const int V = width / LANES, S = rows * V; /* sums, acc[chain * S + row * V + v] */
     const int chains = S >= 8 ? 1 : S >= 4 ? 2 : 4;
     const int64_t R = l->R, C = l->C;
+    int32_t n = l->crow[i];
     const int32_t last = l->crow[i + 1];
     vec acc[4 * ROWS * 16 / LANES];
     UNROLL for (int m = 0; m < rows; m++)
         UNROLL for (int v = 0; v < V; v++) acc[m * V + v] = LOAD(bias + v * LANES);
     UNROLL for (int a = S; a < chains * S; a++) acc[a] = (vec){0};
-    for (int32_t n = l->crow[i]; n < last; n++) {
+    for (; C == 1 && chains > 1 && n + chains <= last; n += chains)
+        UNROLL for (int j = 0; j < chains; j++)
+            UNROLL for (int v = 0; v < V; v++) {
+                const vec weight = LOAD(l->values + (n + j) * R + r0 + v * LANES);
+                UNROLL for (int m = 0; m < rows; m++)
+                    acc[j * S + m * V + v] += weight * x[l->col[n + j] + m * ldx];
+            }
+    for (; n < last; n++) {
         const int64_t k = l->col[n] * C, inside = min64(C, l->in - k);
         const int64_t next = l->col[n + 1 < last ? n + 1 : n] * C;
         const float *w = l->values + n * C * R + r0, *p[ROWS * 16 / LANES];
@@ -267,23 +275,28 @@ static TARGET void NAME(panels)(const Layer *l, int64_t i, int64_t last, const f
     }
 }
 
-/* The sum of v[n] * x[k[n]]. Gathering inputs into quads costs a shuffle each, but the weights are
-   then loaded and multiplied four at a time. */
-INLINE float NAME(gathered)(const float *v, const int32_t *k, const float *x, int64_t count)
+/* The sum of v[n R] * x[k[n]]. Gathering numbers into quads costs a shuffle each, but they are then
+   multiplied four at a time, and for R = 1 the weights are loaded so. */
+INLINE float NAME(gathered)(const float *v, const int64_t R, const int32_t *k, const float *x,
+                            int64_t count)
 {
     quad a = {0}, b = {0};
     int64_t n = 0;
-#define GATHER(n) ((quad){x[k[n]], x[k[(n) + 1]], x[k[(n) + 2]], x[k[(n) + 3]]})
+#define INPUTS(n) ((quad){x[k[n]], x[k[(n) + 1]], x[k[(n) + 2]], x[k[(n) + 3]]})
+#define EACH(n) ((quad){v[(n) * R], v[((n) + 1) * R], v[((n) + 2) * R], v[((n) + 3) * R]})
+#define WEIGHTS(n) (R == 1 ? *(const quad *)(v + (n)) : EACH(n))
     for (; n + 8 <= count; n += 8) {
-        a += *(const quad *)(v + n) * GATHER(n);
-        b += *(const quad *)(v + n + 4) * GATHER(n + 4);
+        a += WEIGHTS(n) * INPUTS(n);
+        b += WEIGHTS(n + 4) * INPUTS(n + 4);
     }
     for (; n + 4 <= count; n += 4)
-        a += *(const quad *)(v + n) * GATHER(n);
-#undef GATHER
+        a += WEIGHTS(n) * INPUTS(n);
+#undef WEIGHTS
+#undef EACH
+#undef INPUTS
     a += b;
     for (; n < count; n++)
-        a[0] += v[n] * x[k[n]];
+        a[0] += v[n * R] * x[k[n]];
     return (a[0] + a[1]) + (a[2] + a[3]);
 }
 
@@ -301,15 +314,18 @@ static TARGET void NAME(single)(const Layer *l, int64_t begin, int64_t end, cons
     if (R == 1 && C == 1) {
         for (int64_t o = begin, n = l->crow[o]; o < end; o++) {
             const int64_t last = l->crow[o + 1];
-            OUTPUT(o, NAME(gathered)(l->values + n, l->col + n, x, last - n));
+            OUTPUT(o, NAME(gathered)(l->values + n, 1, l->col + n, x, last - n));
             n = last;
         }
         return;
     }
     for (int64_t o = begin, i = begin / R, r = begin % R; o < end; o++) {
+        const int64_t first = l->crow[i], last = l->crow[i + 1];
         vec sums = {0};
         float sum[4] = {0};
-        for (int64_t n = l->crow[i]; n < l->crow[i + 1]; n++) {
+        if (C == 1)
+            sum[0] = NAME(gathered)(l->values + first * R + r, R, l->col + first, x, last - first);
+        for (int64_t n = first; C > 1 && n < last; n++) {
             const float *w = l->values + n * C * R + r, *xk = x + l->col[n] * C;
             const int64_t inside = min64(C, l->in - l->col[n] * C);
             int64_t c = 0;
@@ -317,8 +333,9 @@ static TARGET void NAME(single)(const Layer *l, int64_t begin, int64_t end, cons
                 sums += LOAD(w + c) * LOAD(xk + c);
             for (; c + 4 <= inside; c += 4)
                 UNROLL for (int j = 0; j < 4; j++) sum[j] += w[(c + j) * R] * xk[c + j];
-            for (; c < inside; c++)
-                sum[0] += w[c * R] * xk[c];
+            UNROLL for (int j = 0; j < 3; j++)
+                if (c + j < inside)
+                    sum[j] += w[(c + j) * R] * xk[c + j];
         }
         UNROLL for (int j = 0; j < LANES; j++) sum[j % 4] += sums[j];
         OUTPUT(o, (sum[0] + sum[1]) + (sum[2] + sum[3]));

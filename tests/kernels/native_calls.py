@@ -238,6 +238,7 @@ def main(path):
         for shape, density in product(SHAPES, (0, 0.4, 1)):
             one_layer(native, (chosen, 1), shape, blocksize, density, BATCHES)
         one_layer(native, (chosen, 3), (300, 290), blocksize, 0.5, (33, 200))  # several threads
+        one_layer(native, (chosen, 1), (9, 4400), blocksize, 0.1, (33,))  # ranges of inputs
     for chosen, threads, batch in product(range(max(map(len, types))), (1, 3), (1, 15, 50, 200)):
         chain_on_words(native, chosen, threads, batch)
     for call in product(range(len(native.INSTRUCTION_SETS)), (1, 3)):
