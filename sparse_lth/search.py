@@ -23,7 +23,16 @@ from .masks import (
     highest_masks,
 )
 from .ticket import Ticket, expect_finite, expect_like
-from .weights import Filter, Prunable, Tensors, prunable, snapshot, weight_name, write_
+from .weights import (
+    Filter,
+    Prunable,
+    Tensors,
+    expect_model,
+    prunable,
+    snapshot,
+    weight_name,
+    write_,
+)
 
 Criterion = Callable[[Tensors, Masks, dict[str, float]], Masks]
 REWINDS = ("init", "weights")
@@ -113,6 +122,7 @@ class Search:
         out_dir: str | Path | None = None,
     ):
         wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+        expect_model(model)
         self.model = model.module if isinstance(model, wrappers) else model
         if prune.is_pruned(self.model):
             raise ValueError("expected a model without masks: take them off with prune.remove")

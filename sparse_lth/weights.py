@@ -79,7 +79,6 @@ def prunable(
     A weight that an embedding, or a layer that stays dense, holds too is left alone. Raises
     ValueError where no layer is left.
     """
-    expect_model(model)
     holders = defaultdict(list)
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

@@ -487,7 +487,7 @@ def test_layers_in_a_sequential_run_in_one_call():
 
 @pytest.mark.parametrize("call", [sparsify_, lambda model: Search(model, 0.1)])
 def test_what_is_no_model_and_what_has_no_weights_yet_are_refused(call):
-    with pytest.raises(TypeError, match="expected a model, an nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"expected a model, an nn\.Module, got int"):
         call(3)
     with pytest.raises(ValueError, match="call it on a batch first"):
         call(nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyBatchNorm1d()))

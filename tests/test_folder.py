@@ -122,3 +122,9 @@ def test_settings_that_nobody_wrote_are_refused(tmp_path, text):
     write(tmp_path / "config.json", text)
     with pytest.raises(SettingError, match="--resume: expected the folder of a run, got"):
         load_config(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    expected = "can be written, got /dev/null/run: Not a directory"
+    with pytest.raises(FolderError, match=expected), owned(Path("/dev/null/run"), new=True):
+        pass

@@ -426,7 +426,7 @@ STATE_CHANGES = {
     "expected init tensors to have other names": lambda t, a: t.pop("init.fc1.bias"),
     "expected masks tensors to have other names": lambda t, a: t.pop("masks.fc1"),
     "expected trained tensors to have other names": lambda t, a: t.pop("weights.fc1.bias"),
-    "expected other optimizer tensors": lambda t, a: t.pop("optimizer.fc1.bias.step"),
+    "expected optimizer tensors to have other names": lambda t, a: t.pop("optimizer.fc1.bias.step"),
     "expected optimizer fc1.bias.exp_avg of shape": lambda t, a: t.update(
         {"optimizer.fc1.bias.exp_avg": torch.zeros(3)}
     ),

@@ -206,7 +206,6 @@ def test_without_export_the_original_defaults_hold(tmp_path, capsys):
         ),
         (["--reinit", "--rewind", "1ep"], "reinit: expected rewind init beside it, got rewind 1ep"),
         (["--blocksize", "512x512"], "blocksize 512x512 and prune_pc 0.2: expected"),
-        (["--out_dir", "/dev/null/run"], "expected a folder that can be written, got /dev/null/run"),
         (["--block-lasso", "-1"], "block_lasso: expected a finite number of at least 0, got -1"),
         (["--block_lasso", "inf"], "block_lasso: expected a finite number of at least 0, got inf"),
         (["--rewind", "99999it"], "rewind: expected a step before the end of a round"),

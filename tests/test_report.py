@@ -243,8 +243,9 @@ def test_verdicts_and_their_tones():
 
     assert judged(speed(1, 1.2, 0.5)) == ("no clear difference (0.60x to 1.80x)", "")
     assert judged(speed(1, 1 / 200)) == ("200x slower", "bad")
-    assert judged(speed(1, 100, 0.9)) == ("at least 10x faster", "good")
-    assert judged(speed(1, 1 / 100, 0.9)) == ("at least 53x slower", "bad")
+    disagree = {"disagree": True}
+    assert judged(speed(1, 100, 0.8) | disagree) == ("at least 20x faster", "good")
+    assert judged(speed(1, 1 / 100, 0.9) | disagree) == ("at least 53x slower", "bad")
     assert judged({"gain": 0.5}) == ("2.0x larger", "bad")
     assert judged(accuracy(0.9788, 0.9788, 10_000)) == ("the same", "")
     assert judged(accuracy(0.9788, 0.9774, 10_000)) == ("within noise (-0.14)", "")
@@ -336,6 +337,7 @@ def test_the_measured_summary_is_json_and_reports(tmp_path, monkeypatch):
     busy = compare(run.tickets, tmp_path / "model", TEST)
     assert asked == [101] * 3 + [297] * 3
     assert busy["rows"][1]["gain_range"] == pytest.approx([2 / 1.1, 2])
+    assert not busy["rows"][1]["disagree"]
     assert "busy, with a load of 7.2 on 2 cores" in page_of(tmp_path, replace(run, summary=busy))
 
 

@@ -442,5 +442,5 @@ def test_a_file_of_another_kind_names_what_reads_it(tmp_path):
         Ticket.load(tmp_path / "model.safetensors")
     ticket = find_ticket(nn.Sequential(nn.Linear(8, 8)), lambda model: None, density=0.5, rounds=1)
     ticket.save(tmp_path / "ticket.safetensors")
-    with pytest.raises(TicketError, match="got a ticket, which Ticket.load reads"):
+    with pytest.raises(TicketError, match=r"got a ticket, which Ticket\.load reads"):
         load_sparse(tmp_path / "ticket.safetensors", model)

@@ -105,7 +105,7 @@ TICKET_CHANGES = {
     "settings in the metadata, got .*'more'": lambda t, a: a.update(more=1),
     "model: expected one of .*, got vgg": lambda t, a: a["settings"].update(model="vgg"),
     "expected a test_accuracy for every round": lambda t, a: a["rounds"][0].pop("test_accuracy"),
-    "expected other masks tensors": lambda t, a: t.pop("masks.fc1"),
+    "expected masks tensors to have other names": lambda t, a: t.pop("masks.fc1"),
     "expected masks fc2 of shape": lambda t, a: t.update({"masks.fc2": t["masks.fc2"].T.clone()}),
     r"and torch\.bool, got .* torch\.float32": lambda t, a: t.update(
         {"masks.fc2": t["masks.fc2"].float()}

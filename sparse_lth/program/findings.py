@@ -1,7 +1,6 @@
 """What a run found, in words: of the summaries of `measure.summarise` and `measure.compare`."""
 
 GOOD, BAD = "good", "bad"
-DISAGREE = 2  # times as much in one measurement as in another: the least is then what counts
 
 
 def headline(summary: dict) -> str:
@@ -51,9 +50,9 @@ def verdict(row: dict) -> str:
         low, high = row.get("gain_range", (gain, gain))
         return f"no clear difference ({low:.2f}x to {high:.2f}x)"
     better, worse = ("faster", "slower") if "batch" in row else ("smaller", "larger")
-    low, high = sorted(max(g, 1 / g) for g in row.get("gain_range", (gain, gain)))
-    if high > DISAGREE * low:
-        return f"at least {factor(low)} {better if gain > 1 else worse}"
+    if row.get("disagree"):
+        least = min(max(g, 1 / g) for g in row["gain_range"])
+        return f"at least {factor(least)} {better if gain > 1 else worse}"
     return f"{factor(max(gain, 1 / gain))} {better if gain > 1 else worse}"
 
 

@@ -25,6 +25,7 @@ from .models import MODELS
 from .tickets import dense_network, sparse_network
 from .training import confusion, evaluate
 
+DISAGREE = 2  # times as much of a gain in one part as in another
 TURNS, PARTS = 101, 9  # on a busy machine, parts of a third as many turns each
 SLACK = 0.5  # of a core that other programs may use: a desktop and the rounding of the load
 SPARSE = BlockSparse | Int8SparseLinear
@@ -148,7 +149,8 @@ def speed(found: Benchmark, batch: int, busy: bool) -> dict:
 
     "plain" is the dense network in plain torch. "gain_range" has the 20th and 80th percentile of
     the gain over the turns. On a busy machine, where a single turn says little, it is the range of
-    PARTS measurements, each the gain of the medians of so many turns.
+    PARTS measurements, each the gain of the medians of so many turns, and "disagree" whether one is
+    more than DISAGREE times another.
     """
     names = {"plain": "dense", "dense": found.best_dense, "pruned": "pruned"}
     seconds = {name: found.times[model].p50 for name, model in names.items()}
@@ -170,6 +172,7 @@ def speed(found: Benchmark, batch: int, busy: bool) -> dict:
         "rival": found.best_dense.removeprefix("dense, ").replace("dense", "plain torch"),
         "gain": seconds["dense"] / seconds["pruned"],
         "gain_range": gain_range,
+        "disagree": busy and gain_range[1] > DISAGREE * gain_range[0],
     }
 
 
