@@ -119,12 +119,18 @@ class RunConfig:
     def _check_blocks(self) -> None:
         """Blocks fit a layer, and pruning leaves some and removes some."""
         model = MODELS[self.model].fresh()
+        shapes = [m.weight.flatten(1).shape for m in weight_layers(model).values()]
+        largest = "x".join(map(str, max(shapes, key=math.prod)))
+        R, C = self.blocksize
+        fits = any(shape[0] >= R and shape[1] >= C for shape in shapes)
+        expected = f"blocks that fit a layer, the largest of which is {largest}"
+        self._expect("blocksize", expected, fits)
         self._expect("prune_pc", "to prune at least one weight", self.prune_pc > 1e-12)
         try:
             masks = self.search(model).masks
         except ValueError as error:
-            blocks = f"blocksize {self.blocksize[0]}x{self.blocksize[1]}"
-            raise SettingError(f"{blocks} and prune_pc {self.prune_pc}: {error}") from error
+            what = f"blocks of {self.blocksize[0]}x{self.blocksize[1]} and prune_pc"
+            raise SettingError(f"prune_pc: expected {what} that fit: {error}") from error
         blocks = sum(mask.numel() for mask in masks.values()) / math.prod(self.blocksize)
         pruned = self.prune_pc * blocks
         possible = pruned >= 0.5 and blocks - pruned >= 0.5
@@ -132,12 +138,10 @@ class RunConfig:
         self._expect("prune_pc", expected, possible)
         if self.export_blocksize:
             rows, cols = self.export_blocksize
-            shapes = [m.weight.flatten(1).shape for m in weight_layers(model).values()]
             smaller = any(
                 rows <= shape[0] and cols <= shape[1] and rows * cols < shape.numel()
                 for shape in shapes
             )
-            largest = "x".join(map(str, max(shapes, key=math.prod)))
             expected = f"blocks smaller than a layer, the largest of which is {largest}"
             self._expect("export_blocksize", expected, smaller)
 
