@@ -44,6 +44,7 @@ typedef struct {
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 /* The largest of 1, 2, 4 .. most that is not above n. */
 static inline int64_t largest_power(int64_t n, int64_t most)
 {

@@ -121,10 +121,13 @@ class RunConfig:
         model = MODELS[self.model].fresh()
         shapes = [m.weight.flatten(1).shape for m in weight_layers(model).values()]
         largest = "x".join(map(str, max(shapes, key=math.prod)))
-        R, C = self.blocksize
-        fits = any(shape[0] >= R and shape[1] >= C for shape in shapes)
+
+        def fitted(R: int, C: int) -> list[torch.Size]:
+            """The layers that a block fits into."""
+            return [shape for shape in shapes if shape[0] >= R and shape[1] >= C]
+
         expected = f"blocks that fit a layer, the largest of which is {largest}"
-        self._expect("blocksize", expected, fits)
+        self._expect("blocksize", expected, bool(fitted(*self.blocksize)))
         self._expect("prune_pc", "to prune at least one weight", self.prune_pc > 1e-12)
         try:
             masks = self.search(model).masks
@@ -137,11 +140,8 @@ class RunConfig:
         expected = f"to prune, and to leave, at least one of the {blocks:.0f} blocks"
         self._expect("prune_pc", expected, possible)
         if self.export_blocksize:
-            rows, cols = self.export_blocksize
-            smaller = any(
-                rows <= shape[0] and cols <= shape[1] and rows * cols < shape.numel()
-                for shape in shapes
-            )
+            size = math.prod(self.export_blocksize)
+            smaller = any(size < shape.numel() for shape in fitted(*self.export_blocksize))
             expected = f"blocks smaller than a layer, the largest of which is {largest}"
             self._expect("export_blocksize", expected, smaller)
 
